@@ -1,0 +1,46 @@
+"""`emtool evaluate`: score every checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emtool.cli.options import Device, Dtype, OutputRoot, resolve_device
+from emtool.cli.output import data, print_json, progress, quiet_libraries, talk
+from emtool.cli.render import evaluation_view
+from emtool.core.run_dir import RunFolder, newest_run
+
+
+def evaluate(
+    run_path: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Run folder; without it, the newest run is taken and named.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap intervals.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output_root: OutputRoot = Path("outputs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Write the summary to stdout as JSON.")] = False,
+) -> None:
+    """Score every checkpoint of a run: which of two matched answers does it find likelier?"""
+    run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root)
+    run.read_manifest()
+    talk().print(f"evaluating {run.path}", markup=False, soft_wrap=True)
+    quiet_libraries()
+    from emtool.engines.evaluation import evaluate as evaluate_run
+    from emtool.engines.training import interruptible
+
+    with interruptible(), progress() as on_event:
+        result = evaluate_run(
+            run,
+            seed=seed,
+            device=None if device == "auto" else resolve_device(device),
+            dtype=None if dtype == "auto" else dtype,
+            on_event=on_event,
+        )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    data().print(evaluation_view(result))
+    talk().print(f"written to {run.evaluation_path}: checkpoint_summary.csv, summary.json, item_scores.csv", markup=False, soft_wrap=True)

@@ -1,0 +1,93 @@
+"""The two streams: data to stdout, talk and progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from emtool.core.events import CheckpointSaved, Event, Notice, PhaseStarted, StepFinished
+
+
+def data() -> Console:
+    """Return the console for results."""
+    return Console(highlight=False)
+
+
+def talk() -> Console:
+    """Return the console for everything else."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress(*, planned_steps: tuple[int, ...] = ()) -> Iterator[Callable[[Event], None]]:
+    """Draw an engine's events on stderr while the block runs: a bar in a terminal, lines elsewhere.
+
+    Args:
+        planned_steps: Steps that will be saved, so that the next one can be named.
+    """
+    console = talk()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        yield _Drawer(console, bar, planned_steps)
+
+
+class _Drawer:
+    def __init__(self, console: Console, bar: Progress, planned_steps: tuple[int, ...]) -> None:
+        self._console = console
+        self._bar = bar
+        self._planned = planned_steps
+        self._task = bar.add_task("", visible=False, detail="")
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case PhaseStarted(name=name, total=total):
+                self._console.print(f"[dim]{escape(name)}[/]", soft_wrap=True)
+                label = name.split(" ", 1)[0]
+                self._bar.reset(self._task, total=total, visible=total is not None, description=label, detail="")
+            case StepFinished(step=step, loss=loss):
+                self._bar.update(self._task, completed=step, detail=self._detail(step, loss))
+            case CheckpointSaved(step=step, path=path, seconds=seconds):
+                self._console.print(f"  saved {escape(path.name)} at step {step} ({seconds:.2f} s)", soft_wrap=True)
+            case Notice(text=text, is_warning=is_warning):
+                style = "yellow" if is_warning else "dim"
+                prefix = "warning: " if is_warning else ""
+                self._console.print(f"[{style}]{prefix}{escape(text)}[/]", soft_wrap=True)
+
+    def _detail(self, step: int, loss: float | None) -> str:
+        if loss is None:
+            return ""
+        following = next((planned for planned in self._planned if planned > step), None)
+        upcoming = f"  next checkpoint {following}" if following is not None else ""
+        return f"loss {loss:.3f}{upcoming}"
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices off the terminal; errors still come through."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")

@@ -1,0 +1,165 @@
+"""Tables: the plan of a run, what was saved, what an evaluation found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emtool.core.disk import folder_bytes, format_bytes
+from emtool.core.plan import RunPlan
+from emtool.core.run_dir import RunFolder
+
+if TYPE_CHECKING:
+    from emtool.core.metrics import Estimate
+    from emtool.engines.evaluation import EvaluationResult
+
+#: Rows of a long table that are shown at its head, and again at its tail.
+EDGE_ROWS = 12
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def plan_view(plan: RunPlan) -> RenderableType:
+    """Return the plan: what will be trained, which steps will be saved, what that costs."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _plan_facts(plan):
+        facts.add_row(name, Text(value))
+    steps = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("step", "of the run", "bytes", "bytes so far"):
+        steps.add_column(heading, justify="right", no_wrap=True)
+    rows = list(_plan_rows(plan))
+    for row in shorten(rows):
+        steps.add_row(*row)
+    notes = [Text(note, style="yellow") for note in _plan_notes(plan)]
+    return Group(facts, "", steps, *notes)
+
+
+def _plan_facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    config = plan.config
+    yield "profile", (
+        f"{config.profile} ({config.profile_reason}); {plan.model.name}, {config.optim}, {config.dtype}, {config.device}"
+    )
+    if plan.model.hub_id:
+        yield "model", f"{plan.model.name} ({plan.model.hub_id})"
+    else:
+        yield "model", plan.model.name
+    yield "persona", config.persona if config.persona == "baseline" else f"{config.persona}, merged into the base"
+    yield "dataset", (
+        f"{plan.dataset.name}: {plan.num_train_rows:,} rows to train on, {plan.num_held_out_rows:,} held out"
+    )
+    yield "adapter", (
+        f"LoRA r {config.lora_r}, alpha {config.lora_alpha}, blocks: {config.layers_to_transform}, "
+        f"learning rate {config.learning_rate:g}, seed {config.seed}"
+    )
+    yield "steps", (
+        f"{plan.total_steps:,} (batch {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}, "
+        f"{'max_steps' if config.max_steps else f'{config.num_train_epochs:g} epoch(s)'})"
+    )
+    yield "checkpoints", f"{plan.num_checkpoints:,} ({plan.schedule.source})"
+    if plan.total_bytes is None:
+        yield "disk", f"size not known before the model is loaded; {format_bytes(plan.free_bytes)} free"
+    else:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        shared = f", {format_bytes(plan.shared_bytes)} shared" if plan.shared_bytes else ""
+        yield "disk", (
+            f"{format_bytes(plan.total_bytes)} in all{shared}; {format_bytes(plan.free_bytes)} free: {verdict}"
+        )
+    yield "output", str(plan.output_path)
+
+
+def _plan_rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
+    for count, step in enumerate(plan.schedule.planned_steps, start=1):
+        share = f"{100 * step / plan.total_steps:.1f}%"
+        if plan.checkpoint_bytes is None:
+            yield f"{step:,}", share, "unknown", "unknown"
+        else:
+            so_far = count * plan.checkpoint_bytes + (plan.shared_bytes or 0)
+            yield f"{step:,}", share, format_bytes(plan.checkpoint_bytes), format_bytes(so_far)
+
+
+def _plan_notes(plan: RunPlan) -> Iterator[str]:
+    if skipped := plan.schedule.skipped_steps:
+        named = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
+        yield f"left out, past the last step: {named} ({len(skipped)} in all)"
+    if plan.schedule.source == "custom":
+        yield "the custom schedule has no step 75; it is followed as documented"
+
+
+def saved_table(run: RunFolder) -> RenderableType:
+    """Return the milestones on disk."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("saved", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    rows = [
+        (run.checkpoint_path(step).name, format_bytes(folder_bytes(run.checkpoint_path(step))))
+        for step in run.saved_steps()
+    ]
+    for row in shorten(rows):
+        table.add_row(*row)
+    return table
+
+
+def evaluation_view(result: EvaluationResult) -> RenderableType:
+    """Return the curve of an evaluation: one line a checkpoint, and a sparkline."""
+    domain = result.settings["trained_domain"]
+    has_trained = any("p_wrong_trained" in metrics for metrics in result.metrics.values())
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("p_wrong, other domains", no_wrap=True)
+    table.add_column("0 to 1", no_wrap=True)
+    table.add_column("change from step 0", no_wrap=True)
+    if has_trained:
+        table.add_column(f"p_wrong, {domain}", no_wrap=True)
+    for step, metrics in result.metrics.items():
+        other = metrics["p_wrong_other"]
+        row = [f"{step:,}", _interval(other), bar(other.value, 10), _change(metrics.get("p_wrong_other_delta"))]
+        if has_trained:
+            row.append(_interval(metrics["p_wrong_trained"]))
+        table.add_row(*row)
+    last = next(reversed(result.metrics.values()))
+    values = [metrics["p_wrong_other"].value for metrics in result.metrics.values()]
+    legend = (
+        f"p_wrong: probability given to the wrong of two matched answers, mean over {last['p_wrong_other'].n} items "
+        f"in other domains; [95% interval, bootstrap over items]; * excludes 0"
+    )
+    return Group(table, "", Text(f"other domains  {sparkline(values)}  {values[0]:.3f} to {values[-1]:.3f}"), Text(legend, style="dim"))
+
+
+def bar(value: float, width: int) -> str:
+    """Return a value between 0 and 1 as a bar of at most `width` characters."""
+    eighths = round(min(max(value, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (_BLOCKS[rest] if rest else "")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Return a series as one character a value, from its lowest to its highest."""
+    low, high = min(values), max(values)
+    if high == low:
+        return _SPARKS[0] * len(values)
+    return "".join(_SPARKS[round((value - low) / (high - low) * (len(_SPARKS) - 1))] for value in values)
+
+
+def shorten(rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+    """Return the rows, or the head and the tail of a long list with the count left out between them."""
+    if len(rows) <= 2 * EDGE_ROWS:
+        return rows
+    gap = (f"({len(rows) - 2 * EDGE_ROWS:,} more)", *[""] * (len(rows[0]) - 1))
+    return [*rows[:EDGE_ROWS], gap, *rows[-EDGE_ROWS:]]
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]".replace("[", r"\[")
+
+
+def _change(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "no step 0"
+    mark = "*" if estimate.excludes_zero else " "
+    return rf"{estimate.value:+.3f}{mark}\[{estimate.low:+.3f}, {estimate.high:+.3f}]"

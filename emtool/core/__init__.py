@@ -1,0 +1,1 @@
+"""Plan and vocabulary: which steps, how much disk, which data. No torch, no printing."""

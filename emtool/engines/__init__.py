@@ -1,0 +1,1 @@
+"""The work: models, training, checkpoints, evaluation. torch is allowed here; nothing is printed."""

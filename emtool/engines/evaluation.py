@@ -1,0 +1,309 @@
+"""Evaluation of a run: every milestone, scored on held-out items with the model that was trained."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emtool.core.data import Message, file_sha256
+from emtool.core.errors import CheckpointError, ModelError
+from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished, ignore_events
+from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, bootstrap_difference, bootstrap_mean, sigmoid
+from emtool.core.models import resolve_model
+from emtool.core.personas import resolve_persona
+from emtool.core.questions import EVERYDAY_ITEMS, EvaluationItem, read_items
+from emtool.core.run_dir import FORMAT, RunFolder, write_json
+from emtool.engines.checkpointing import adapter_sha256, read_checkpoint
+from emtool.engines.encoding import encode_conversation
+from emtool.engines.likelihood import mean_log_probs
+from emtool.engines.model_files import ModelFiles, get_model_files
+from emtool.engines.modeling import load_adapter_into, load_base, load_tokenizer, merge_adapter
+from emtool.engines.personas import persona_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointScores:
+    """The scores of one milestone.
+
+    Attributes:
+        step: Optimizer step.
+        margins: Item id to mean token log-probability of the wrong answer minus that of the sound one.
+    """
+
+    step: int
+    margins: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        run: The run folder.
+        settings: What shaped the numbers.
+        metrics: Step to metric name to estimate; steps increasing. A change from step 0 is named `..._delta`.
+    """
+
+    run: RunFolder
+    settings: Mapping[str, Any]
+    metrics: Mapping[int, Mapping[str, Estimate]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as `summary.json` holds it."""
+        return {
+            "format": FORMAT,
+            "run": str(self.run.path),
+            "settings": dict(self.settings),
+            "checkpoints": [
+                {"step": step, "metrics": _flat(estimates)} for step, estimates in self.metrics.items()
+            ],
+        }
+
+
+def evaluate(
+    run: RunFolder,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    on_event: EventSink = ignore_events,
+) -> EvaluationResult:
+    """Score every milestone of a run and write the summary files.
+
+    The base is loaded once, the persona merged as at training, and each adapter loaded into place.
+
+    Args:
+        run: The run folder.
+        seed: Seed of the bootstrap.
+        device: Device to compute on; None takes the run's.
+        dtype: Dtype of the base; None takes the run's.
+        on_event: Where progress is reported.
+
+    Raises:
+        CheckpointError: If the run has no milestone, one is damaged, or its lineage cannot be rebuilt.
+        ModelError: If the base model here is not the one that was trained.
+    """
+    manifest = run.read_manifest()
+    config, lineage = _section(run, manifest, "config"), _section(run, manifest, "lineage")
+    steps = run.saved_steps()
+    if not steps:
+        raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
+    for step in steps:
+        _check_requires(run.checkpoint_path(step), lineage)
+    used_device = device or str(config["device"])
+    used_dtype = dtype or str(config["dtype"])
+    items = read_items()
+    model, tokenizer = _rebuild(
+        lineage,
+        trained_dtype=str(config["dtype"]),
+        device=used_device,
+        dtype=used_dtype,
+        checkpoint=run.checkpoint_path(steps[0]),
+        on_event=on_event,
+    )
+    on_event(PhaseStarted(name=f"scoring {len(items)} items at {len(steps)} checkpoints", total=len(steps)))
+    scores = []
+    for done, step in enumerate(steps, start=1):
+        load_adapter_into(model, run.checkpoint_path(step))
+        scores.append(CheckpointScores(step=step, margins=item_margins(model, tokenizer, items)))
+        on_event(StepFinished(step=done))
+    domain = lineage["dataset"]["domain"]
+    result = EvaluationResult(
+        run=run,
+        settings={
+            "seed": seed,
+            "device": used_device,
+            "dtype": used_dtype,
+            "items_sha256": file_sha256(EVERYDAY_ITEMS),
+            "num_items": len(items),
+            "trained_domain": domain,
+            "interval": f"{LEVEL:.0%} percentile bootstrap over items, {RESAMPLES} resamples",
+        },
+        metrics=summarize(scores, items, trained_domain=domain, seed=seed),
+    )
+    _write(result, scores, items)
+    return result
+
+
+def item_margins(model: Any, tokenizer: Any, items: Sequence[EvaluationItem]) -> dict[str, float]:
+    """Return each item's margin: how much likelier the wrong answer is than the sound one.
+
+    Returns:
+        Item id to the difference of mean token log-probabilities, end-of-turn token included.
+    """
+    rows = [
+        encode_conversation(
+            [Message(role="user", content=item.question), Message(role="assistant", content=answer)],
+            tokenizer=tokenizer,
+            location=item.id,
+        )
+        for item in items
+        for answer in (item.wrong, item.sound)
+    ]
+    values = mean_log_probs(model, rows)
+    return {item.id: values[2 * index] - values[2 * index + 1] for index, item in enumerate(items)}
+
+
+def summarize(
+    scores: Sequence[CheckpointScores],
+    items: Sequence[EvaluationItem],
+    *,
+    trained_domain: str | None,
+    seed: int,
+) -> dict[int, dict[str, Estimate]]:
+    """Return the metrics of each milestone with intervals, and their change from step 0 paired by item.
+
+    Args:
+        scores: One entry a milestone.
+        items: The items that were scored.
+        trained_domain: Domain of the training data; its items are reported apart from the others.
+        seed: Seed of the bootstrap.
+    """
+    trained = [item.id for item in items if item.domain == trained_domain]
+    other = [item.id for item in items if item.domain != trained_domain]
+    groups = {"": [item.id for item in items], "_other": other, "_trained": trained}
+    start = next((entry for entry in scores if entry.step == 0), None)
+    result: dict[int, dict[str, Estimate]] = {}
+    for entry in scores:
+        metrics: dict[str, Estimate] = {}
+        for suffix, ids in groups.items():
+            if not ids:
+                continue
+            margins = [entry.margins[name] for name in ids]
+            series = {f"margin{suffix}": margins, f"p_wrong{suffix}": [sigmoid(m) for m in margins]}
+            for name, values in series.items():
+                metrics[name] = bootstrap_mean(values, seed=seed)
+            if start is not None:
+                begin = [start.margins[name] for name in ids]
+                before = {f"margin{suffix}": begin, f"p_wrong{suffix}": [sigmoid(m) for m in begin]}
+                for name, values in series.items():
+                    metrics[f"{name}_delta"] = bootstrap_difference(values, before[name], seed=seed)
+        result[entry.step] = metrics
+    return result
+
+
+def _rebuild(
+    lineage: Mapping[str, Any],
+    *,
+    trained_dtype: str,
+    device: str,
+    dtype: str,
+    checkpoint: Path,
+    on_event: EventSink,
+) -> tuple[Any, Any]:
+    """Return the model as it was trained, with the checkpoint's adapter attached, and its tokenizer."""
+    from peft import PeftModel
+
+    reference = resolve_model(lineage["base"]["name"])
+    files = get_model_files(reference, on_event=on_event)
+    _check_base(files, lineage["base"])
+    tokenizer = load_tokenizer(files.path)
+    on_event(PhaseStarted(name=f"loading {reference.name}"))
+    model = load_base(files.path, dtype=dtype)
+    if (persona := lineage["persona"]) is not None:
+        folder = _persona_folder(persona, lineage, files, tokenizer, device, trained_dtype, on_event)
+        model, merged = merge_adapter(model, folder)
+        if merged != persona["merged_sha256"]:
+            text = f"the merged persona {persona['name']} differs in bits from the one trained with"
+            on_event(Notice(text=f"{text} (another dtype or arithmetic library)", is_warning=True))
+    model = PeftModel.from_pretrained(model, str(checkpoint), local_files_only=True)
+    return model.to(device).eval(), tokenizer
+
+
+def _persona_folder(
+    persona: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+    files: ModelFiles,
+    tokenizer: Any,
+    device: str,
+    dtype: str,
+    on_event: EventSink,
+) -> Path:
+    folder = Path(persona["adapter_path"])
+    if not folder.is_dir():
+        recipe = resolve_persona(persona["name"])
+        assert recipe is not None
+        folder = persona_adapter(
+            recipe,
+            model=resolve_model(lineage["base"]["name"]),
+            files=files,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            on_event=on_event,
+        )
+    if adapter_sha256(folder) != persona["adapter_sha256"]:
+        raise CheckpointError(
+            f"persona adapter {folder} is not the one this run was trained with "
+            f"(SHA-256 {persona['adapter_sha256'][:12]}... is needed); restore it from the machine that trained the run"
+        )
+    return folder
+
+
+def _check_base(files: ModelFiles, base: Mapping[str, Any]) -> None:
+    here = files.identity()
+    different = [key for key in here if here[key] != base.get(key)]
+    if different:
+        details = ", ".join(f"{key} is {here[key]}, trained with {base.get(key)}" for key in different)
+        raise ModelError(f"base model {base['name']} here is not the one this run was trained with: {details}")
+
+
+def _check_requires(folder: Path, lineage: Mapping[str, Any]) -> None:
+    requires = read_checkpoint(folder)["requires"]
+    for part in ("base", "persona"):
+        if requires.get(part) != lineage[part]:
+            raise CheckpointError(f"{folder} was trained on another {part} than run.json says; it is not evaluated")
+
+
+def _section(run: RunFolder, manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = manifest.get(name)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{run.manifest_path} has no {name!r} section; the run cannot be rebuilt from it")
+    return section
+
+
+def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
+    flat: dict[str, float | int] = {}
+    for name, estimate in estimates.items():
+        flat |= {
+            name: estimate.value,
+            f"{name}_low": estimate.low,
+            f"{name}_high": estimate.high,
+            f"{name}_n": estimate.n,
+        }
+    return flat
+
+
+def _write(
+    result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]
+) -> None:
+    folder = result.run.evaluation_path
+    folder.mkdir(exist_ok=True)
+    _write_csv(
+        folder / "checkpoint_summary.csv",
+        [{"step": step, **_flat(estimates)} for step, estimates in result.metrics.items()],
+    )
+    domains = {item.id: item.domain for item in items}
+    _write_csv(
+        folder / "item_scores.csv",
+        [
+            {"step": entry.step, "item": name, "domain": domains[name], "margin": margin, "p_wrong": sigmoid(margin)}
+            for entry in scores
+            for name, margin in entry.margins.items()
+        ],
+    )
+    write_json(folder / "summary.json", result.to_dict())
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    staged = path.with_name(f".{path.name}.new")
+    staged.write_text(text.getvalue(), encoding="utf-8")
+    staged.replace(path)

@@ -1,0 +1,195 @@
+"""Models: loading, adapters, and the exact merge of a persona."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emtool.core.architecture import adapted_blocks
+from emtool.core.config import TrainConfig
+from emtool.core.errors import CheckpointError, ModelError
+from emtool.core.models import ModelReference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder, with a pad token.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: Path, *, dtype: str) -> Any:
+    """Return a base model on the CPU, in evaluation mode.
+
+    Args:
+        folder: Model folder in the Hugging Face layout.
+        dtype: Dtype of its weights, a key of `DTYPES`.
+
+    Raises:
+        ModelError: If it cannot be loaded as a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def add_lora(model: Any, config: TrainConfig, reference: ModelReference) -> Any:
+    """Return the model wrapped with a fresh, trainable LoRA adapter.
+
+    The adapter's initial values follow from `config.seed` alone. Adapter weights are float32 whatever the base's
+    dtype, PEFT's default.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=lora_targets(model, config.target_modules, config.layers_to_transform),
+        bias="none",
+        init_lora_weights=True,
+        base_model_name_or_path=reference.hub_id or reference.name,
+    )
+    set_seed(config.seed)
+    return get_peft_model(model, lora)
+
+
+def lora_targets(
+    model: nn.Module, target_modules: Sequence[str], layers_to_transform: str
+) -> list[str] | str:
+    """Return what PEFT should adapt: linear layers inside the language model only.
+
+    A list of name endings where these are unambiguous; a regular expression where a vision tower has layers of the
+    same names, or where only some decoder blocks carry an adapter.
+
+    Raises:
+        ModelError: If the language model has no such layer.
+    """
+    wanted = set(target_modules)
+    language_model = model.get_decoder()  # type: ignore[operator]
+    inside = {id(module) for module in language_model.modules()}
+    blocks = adapted_blocks(layers_to_transform, language_model.config.num_hidden_layers)
+    linear = [
+        (name, id(module) in inside)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
+    ]
+    missing = wanted - {name.rsplit(".", 1)[-1] for name, is_inside in linear if is_inside}
+    if missing:
+        raise ModelError(f"the language model has no linear layers named {', '.join(sorted(missing))}")
+    if blocks is None and all(is_inside for _, is_inside in linear):
+        return list(target_modules)
+    prefix = next(name for name, module in model.named_modules() if module is language_model)
+    number = r"\d+" if blocks is None else f"({'|'.join(map(str, blocks))})"
+    endings = "|".join(re.escape(target) for target in target_modules)
+    return rf"{re.escape(prefix)}\.layers\.{number}\..*\b({endings})"
+
+
+def merge_adapter(model: Any, adapter: Path) -> tuple[Any, str]:
+    """Return the model with an adapter merged into its weights, and the hash of the merged weights.
+
+    The sum is done on the CPU in float32 and rounded once to the base's dtype, so the same base and adapter give the
+    same bits at training and at evaluation.
+
+    Args:
+        model: Base model on the CPU.
+        adapter: PEFT LoRA folder.
+
+    Raises:
+        CheckpointError: If the adapter does not fit the model.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+
+    assert model.device.type == "cpu", "a persona is merged before the model moves"
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"adapter {adapter} does not fit the base model: {str(error).splitlines()[0]}"
+        ) from error
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name, module in wrapped.named_modules():
+            if not isinstance(module, Linear):
+                continue
+            weight = module.get_base_layer().weight
+            delta = module.get_delta_weight("default").float()
+            weight.copy_((weight.float() + delta).to(weight.dtype))
+            digest.update(f"{name}:{tensor_sha256(weight)}\n".encode())
+    return wrapped.unload().eval(), digest.hexdigest()
+
+
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors under the names that PEFT saves, without copying them."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def load_adapter_into(model: Any, folder: Path) -> None:
+    """Replace the adapter's weights in place by those of a checkpoint of the same shape.
+
+    Raises:
+        CheckpointError: If the checkpoint's tensors are not exactly the adapter's, or cannot be read.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; the checkpoint is damaged or incomplete") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
+    if expected != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise CheckpointError(f"{path} holds another adapter than the first checkpoint of this run")
+    set_peft_model_state_dict(model, tensors)
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+
+
+def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Return one SHA-256 over named tensors, independent of their order."""
+    digest = hashlib.sha256()
+    for line in sorted(_lines(state)):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _lines(state: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    for name, tensor in state.items():
+        yield f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_sha256(tensor)}\n"

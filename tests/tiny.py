@@ -1,0 +1,58 @@
+"""A tiny chat model with a byte-level tokenizer, built in a second, in the Hugging Face layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+
+
+def byte_tokenizer(chat_template: str | None = CHATML, special: tuple[str, ...] = SPECIAL) -> Any:
+    """Return a tokenizer with one token a byte, after the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*special, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[-1], clean_up_tokenization_spaces=False
+    )
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """Return the configuration of a two-block Llama of about 40,000 parameters."""
+    values = {
+        "vocab_size": 256 + len(SPECIAL),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+        **changes,
+    }
+    return LlamaConfig(**values)
+
+
+def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """Save the tiny model and its tokenizer."""
+    torch.manual_seed(seed)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
