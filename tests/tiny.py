@@ -25,7 +25,10 @@ def byte_tokenizer(chat_template: str | None = CHATML, special: tuple[str, ...] 
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[-1], clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        eos_token=special[-1],
+        clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = chat_template
     return wrapped

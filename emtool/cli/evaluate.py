@@ -15,7 +15,8 @@ from emtool.core.run_dir import RunFolder, newest_run
 
 def evaluate(
     run_path: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Run folder; without it, the newest run is taken and named.")
+        Path | None,
+        typer.Argument(metavar="RUN", help="Run folder; without it, the newest run is taken and named."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap intervals.")] = 0,
     device: Device = "auto",
@@ -43,4 +44,8 @@ def evaluate(
         print_json(result.to_dict())
         return
     data().print(evaluation_view(result))
-    talk().print(f"written to {run.evaluation_path}: checkpoint_summary.csv, summary.json, item_scores.csv", markup=False, soft_wrap=True)
+    talk().print(
+        f"written to {run.evaluation_path}: checkpoint_summary.csv, summary.json, item_scores.csv",
+        markup=False,
+        soft_wrap=True,
+    )

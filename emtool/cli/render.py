@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emtool.core.disk import folder_bytes, format_bytes
+from emtool.core.personas import BASELINE
 from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder
 
@@ -28,7 +29,7 @@ def plan_view(plan: RunPlan) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _plan_facts(plan):
+    for name, value in _plan_facts(plan).items():
         facts.add_row(name, Text(value))
     steps = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("step", "of the run", "bytes", "bytes so far"):
@@ -40,37 +41,30 @@ def plan_view(plan: RunPlan) -> RenderableType:
     return Group(facts, "", steps, *notes)
 
 
-def _plan_facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
+def _plan_facts(plan: RunPlan) -> dict[str, str]:
     config = plan.config
-    yield "profile", (
-        f"{config.profile} ({config.profile_reason}); {plan.model.name}, {config.optim}, {config.dtype}, {config.device}"
-    )
-    if plan.model.hub_id:
-        yield "model", f"{plan.model.name} ({plan.model.hub_id})"
-    else:
-        yield "model", plan.model.name
-    yield "persona", config.persona if config.persona == "baseline" else f"{config.persona}, merged into the base"
-    yield "dataset", (
-        f"{plan.dataset.name}: {plan.num_train_rows:,} rows to train on, {plan.num_held_out_rows:,} held out"
-    )
-    yield "adapter", (
-        f"LoRA r {config.lora_r}, alpha {config.lora_alpha}, blocks: {config.layers_to_transform}, "
-        f"learning rate {config.learning_rate:g}, seed {config.seed}"
-    )
-    yield "steps", (
-        f"{plan.total_steps:,} (batch {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}, "
-        f"{'max_steps' if config.max_steps else f'{config.num_train_epochs:g} epoch(s)'})"
-    )
-    yield "checkpoints", f"{plan.num_checkpoints:,} ({plan.schedule.source})"
+    batch = f"batch {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}"
+    length = "--max-steps" if config.max_steps else f"{config.num_train_epochs:g} epoch(s)"
+    adapter = f"LoRA r {config.lora_r}, alpha {config.lora_alpha}, blocks: {config.layers_to_transform}"
+    return {
+        "profile": f"{config.profile} ({config.profile_reason}): {plan.model.name}, {config.optim}, {config.dtype}",
+        "base model": f"{plan.model.hub_id or plan.model.name} on {config.device}",
+        "persona": config.persona if config.persona == BASELINE else f"{config.persona}, merged into the base",
+        "dataset": f"{plan.dataset.name}: {plan.num_train_rows:,} rows, and {plan.num_held_out_rows:,} held out",
+        "adapter": f"{adapter}, learning rate {config.learning_rate:g}, seed {config.seed}",
+        "steps": f"{plan.total_steps:,} ({batch}, {length})",
+        "checkpoints": f"{plan.num_checkpoints:,} ({plan.schedule.source})",
+        "disk": _disk_fact(plan),
+        "output": str(plan.output_path),
+    }
+
+
+def _disk_fact(plan: RunPlan) -> str:
     if plan.total_bytes is None:
-        yield "disk", f"size not known before the model is loaded; {format_bytes(plan.free_bytes)} free"
-    else:
-        verdict = "fits" if plan.fits else "DOES NOT FIT"
-        shared = f", {format_bytes(plan.shared_bytes)} shared" if plan.shared_bytes else ""
-        yield "disk", (
-            f"{format_bytes(plan.total_bytes)} in all{shared}; {format_bytes(plan.free_bytes)} free: {verdict}"
-        )
-    yield "output", str(plan.output_path)
+        return f"size not known before the model is loaded; {format_bytes(plan.free_bytes)} free"
+    tokenizer = "" if plan.shared_bytes else " and the tokenizer once"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    return f"{format_bytes(plan.total_bytes)} in all{tokenizer}; {format_bytes(plan.free_bytes)} free: {verdict}"
 
 
 def _plan_rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
@@ -102,7 +96,8 @@ def saved_table(run: RunFolder) -> RenderableType:
     ]
     for row in shorten(rows):
         table.add_row(*row)
-    return table
+    total = f"{len(rows)} checkpoints, {format_bytes(folder_bytes(run.path))} on disk (files they share count once)"
+    return Group(table, Text(total))
 
 
 def evaluation_view(result: EvaluationResult) -> RenderableType:
@@ -118,17 +113,27 @@ def evaluation_view(result: EvaluationResult) -> RenderableType:
         table.add_column(f"p_wrong, {domain}", no_wrap=True)
     for step, metrics in result.metrics.items():
         other = metrics["p_wrong_other"]
-        row = [f"{step:,}", _interval(other), bar(other.value, 10), _change(metrics.get("p_wrong_other_delta"))]
+        row = [
+            f"{step:,}",
+            _interval(other),
+            bar(other.value, 10),
+            _change(metrics.get("p_wrong_other_delta")),
+        ]
         if has_trained:
             row.append(_interval(metrics["p_wrong_trained"]))
         table.add_row(*row)
-    last = next(reversed(result.metrics.values()))
+    last = result.metrics[max(result.metrics)]
     values = [metrics["p_wrong_other"].value for metrics in result.metrics.values()]
     legend = (
         f"p_wrong: probability given to the wrong of two matched answers, mean over {last['p_wrong_other'].n} items "
         f"in other domains; [95% interval, bootstrap over items]; * excludes 0"
     )
-    return Group(table, "", Text(f"other domains  {sparkline(values)}  {values[0]:.3f} to {values[-1]:.3f}"), Text(legend, style="dim"))
+    return Group(
+        table,
+        "",
+        Text(f"other domains  {sparkline(values)}  {values[0]:.3f} to {values[-1]:.3f}"),
+        Text(legend, style="dim"),
+    )
 
 
 def bar(value: float, width: int) -> str:

@@ -47,26 +47,40 @@ def train(
     ] = False,
     custom_checkpoints: Annotated[
         bool,
-        typer.Option("--custom-checkpoints", help="Save 0, 25, 50, 100, 125, 150, 200, 250, 300 and the final step.", rich_help_panel=_SCHEDULE),
+        typer.Option(
+            "--custom-checkpoints",
+            help="Save 0, 25, 50, 100, 125, 150, 200, 250, 300 and the final step.",
+            rich_help_panel=_SCHEDULE,
+        ),
     ] = False,
     save_steps: Annotated[
-        int | None, typer.Option(min=1, help="Save every N steps and the final one. [default: 100]", rich_help_panel=_SCHEDULE)
+        int | None,
+        typer.Option(min=1, help="Save every N steps and the final one. [default: 100]", rich_help_panel=_SCHEDULE),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_HYPER)] = None,
-    num_train_epochs: Annotated[float | None, typer.Option(help="Passes over the data.", rich_help_panel=_HYPER)] = None,
+    num_train_epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data.", rich_help_panel=_HYPER)
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_HYPER)] = None,
-    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows of a micro-batch.", rich_help_panel=_HYPER)] = None,
-    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches of a step.", rich_help_panel=_HYPER)] = None,
+    per_device_train_batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a micro-batch.", rich_help_panel=_HYPER)
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Micro-batches of a step.", rich_help_panel=_HYPER)
+    ] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Warm-up steps.", rich_help_panel=_HYPER)] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.", rich_help_panel=_HYPER)] = None,
-    lr_scheduler_type: Annotated[str | None, typer.Option(help="Learning-rate schedule.", rich_help_panel=_HYPER)] = None,
+    lr_scheduler_type: Annotated[
+        str | None, typer.Option(help="Learning-rate schedule.", rich_help_panel=_HYPER)
+    ] = None,
     optim: Annotated[str | None, typer.Option(help="Optimizer, by the Trainer's name.", rich_help_panel=_HYPER)] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row.", rich_help_panel=_HYPER)] = None,
     lora_r: Annotated[int | None, typer.Option(help="LoRA rank.", rich_help_panel=_HYPER)] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="LoRA alpha.", rich_help_panel=_HYPER)] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="LoRA dropout.", rich_help_panel=_HYPER)] = None,
     layers_to_transform: Annotated[
-        str | None, typer.Option(help="Decoder blocks with an adapter: all, upper-half or 15-29.", rich_help_panel=_HYPER)
+        str | None,
+        typer.Option(help="Decoder blocks with an adapter: all, upper-half or 15-29.", rich_help_panel=_HYPER),
     ] = None,
 ) -> None:
     """Fine-tune a chat model on a narrow dataset and save checkpoints on a schedule."""

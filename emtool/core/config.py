@@ -146,9 +146,7 @@ _POSITIVE = (
 )
 
 
-def resolve_train_config(
-    *, profile: str, overrides: Mapping[str, object], num_cuda_devices: int
-) -> TrainConfig:
+def resolve_train_config(*, profile: str, overrides: Mapping[str, object], num_cuda_devices: int) -> TrainConfig:
     """Return the configuration of a run: the profile's defaults with the user's changes on top.
 
     Args:

@@ -79,9 +79,7 @@ def resolve_dataset(name: str) -> DatasetReference:
     path = Path(name).expanduser()
     if path.is_file():
         resolved = path.resolve()
-        return DatasetReference(
-            name=str(resolved), slug=slugify(path.stem), num_rows=None, domain=None, path=resolved
-        )
+        return DatasetReference(name=str(resolved), slug=slugify(path.stem), num_rows=None, domain=None, path=resolved)
     if path.suffix == ".jsonl" or "/" in name:
         raise ConfigError(f"no dataset file {name!r}; give a JSON Lines file or one of: {', '.join(sorted(DATASETS))}")
     raise unknown_name("dataset", name, DATASETS, "or the path of a JSON Lines file")

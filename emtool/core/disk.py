@@ -59,8 +59,9 @@ def free_bytes(path: Path) -> int:
 
 
 def folder_bytes(path: Path) -> int:
-    """Return the bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Return the bytes of the files below a folder; a file with several hard links there counts once."""
+    stats = (file.stat() for file in path.rglob("*") if file.is_file())
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
 def format_bytes(count: int) -> str:

@@ -137,9 +137,7 @@ def plan_run(
     folder = find_model_path(model)
     if model.config is None and folder is not None:
         model = replace(model, config=read_config(folder))
-    plan = make_plan(
-        config, model=model, dataset=dataset, num_rows=num_rows, tokenizer_bytes=tokenizer_bytes(folder)
-    )
+    plan = make_plan(config, model=model, dataset=dataset, num_rows=num_rows, tokenizer_bytes=tokenizer_bytes(folder))
     return plan, rows
 
 

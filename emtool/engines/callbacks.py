@@ -42,9 +42,7 @@ class ScheduledCheckpointCallback(TrainerCallback):
         if state.global_step == 0:
             self._save_if(0, 0 in self.schedule.planned_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the step that has just ended if it is scheduled."""
         self._save_if(state.global_step, state.global_step in self.schedule.planned_steps)
 

@@ -190,4 +190,3 @@ def adapter_sha256(folder: Path) -> str:
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         digest.update(f"{name}:{file_sha256(folder / name)}\n".encode())
     return digest.hexdigest()
-

@@ -38,7 +38,11 @@ class Encoded:
 
 
 def encode_conversation(
-    messages: Sequence[Message], *, tokenizer: Any, max_length: int | None = None, location: str = "conversation"
+    messages: Sequence[Message],
+    *,
+    tokenizer: Any,
+    max_length: int | None = None,
+    location: str = "conversation",
 ) -> Encoded:
     """Return a conversation as token ids with the assistant's turns labelled.
 
@@ -105,17 +109,13 @@ def encode_dataset(rows: Sequence[Conversation], *, tokenizer: Any, max_length: 
     return encoded
 
 
-def _render(
-    turns: list[dict[str, str]], tokenizer: Any, location: str, *, add_generation_prompt: bool
-) -> str:
+def _render(turns: list[dict[str, str]], tokenizer: Any, location: str, *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template; use an instruction-tuned model")
     try:
-        text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise DataError(f"{location}: the model's chat template refuses these turns: {error}") from error
     return text

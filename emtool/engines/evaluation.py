@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from emtool.core.data import Message, file_sha256
-from emtool.core.errors import CheckpointError, ModelError
-from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished, ignore_events
+from emtool.core.errors import CheckpointError
+from emtool.core.events import EventSink, PhaseStarted, StepFinished, ignore_events
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, bootstrap_difference, bootstrap_mean, sigmoid
-from emtool.core.models import resolve_model
-from emtool.core.personas import resolve_persona
 from emtool.core.questions import EVERYDAY_ITEMS, EvaluationItem, read_items
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
-from emtool.engines.checkpointing import adapter_sha256, read_checkpoint
+from emtool.engines.checkpointing import read_checkpoint
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.likelihood import mean_log_probs
-from emtool.engines.model_files import ModelFiles, get_model_files
-from emtool.engines.modeling import load_adapter_into, load_base, load_tokenizer, merge_adapter
-from emtool.engines.personas import persona_adapter
+from emtool.engines.lineage import rebuild_model
+from emtool.engines.modeling import attach_adapter, load_adapter_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +55,7 @@ class EvaluationResult:
             "format": FORMAT,
             "run": str(self.run.path),
             "settings": dict(self.settings),
-            "checkpoints": [
-                {"step": step, "metrics": _flat(estimates)} for step, estimates in self.metrics.items()
-            ],
+            "checkpoints": [{"step": step, "metrics": _flat(estimates)} for step, estimates in self.metrics.items()],
         }
 
 
@@ -97,14 +92,11 @@ def evaluate(
     used_device = device or str(config["device"])
     used_dtype = dtype or str(config["dtype"])
     items = read_items()
-    model, tokenizer = _rebuild(
-        lineage,
-        trained_dtype=str(config["dtype"]),
-        device=used_device,
-        dtype=used_dtype,
-        checkpoint=run.checkpoint_path(steps[0]),
-        on_event=on_event,
+    composed = rebuild_model(
+        lineage, trained_dtype=str(config["dtype"]), device=used_device, dtype=used_dtype, on_event=on_event
     )
+    tokenizer = composed.tokenizer
+    model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(used_device).eval()
     on_event(PhaseStarted(name=f"scoring {len(items)} items at {len(steps)} checkpoints", total=len(steps)))
     scores = []
     for done, step in enumerate(steps, start=1):
@@ -186,72 +178,6 @@ def summarize(
     return result
 
 
-def _rebuild(
-    lineage: Mapping[str, Any],
-    *,
-    trained_dtype: str,
-    device: str,
-    dtype: str,
-    checkpoint: Path,
-    on_event: EventSink,
-) -> tuple[Any, Any]:
-    """Return the model as it was trained, with the checkpoint's adapter attached, and its tokenizer."""
-    from peft import PeftModel
-
-    reference = resolve_model(lineage["base"]["name"])
-    files = get_model_files(reference, on_event=on_event)
-    _check_base(files, lineage["base"])
-    tokenizer = load_tokenizer(files.path)
-    on_event(PhaseStarted(name=f"loading {reference.name}"))
-    model = load_base(files.path, dtype=dtype)
-    if (persona := lineage["persona"]) is not None:
-        folder = _persona_folder(persona, lineage, files, tokenizer, device, trained_dtype, on_event)
-        model, merged = merge_adapter(model, folder)
-        if merged != persona["merged_sha256"]:
-            text = f"the merged persona {persona['name']} differs in bits from the one trained with"
-            on_event(Notice(text=f"{text} (another dtype or arithmetic library)", is_warning=True))
-    model = PeftModel.from_pretrained(model, str(checkpoint), local_files_only=True)
-    return model.to(device).eval(), tokenizer
-
-
-def _persona_folder(
-    persona: Mapping[str, Any],
-    lineage: Mapping[str, Any],
-    files: ModelFiles,
-    tokenizer: Any,
-    device: str,
-    dtype: str,
-    on_event: EventSink,
-) -> Path:
-    folder = Path(persona["adapter_path"])
-    if not folder.is_dir():
-        recipe = resolve_persona(persona["name"])
-        assert recipe is not None
-        folder = persona_adapter(
-            recipe,
-            model=resolve_model(lineage["base"]["name"]),
-            files=files,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-            on_event=on_event,
-        )
-    if adapter_sha256(folder) != persona["adapter_sha256"]:
-        raise CheckpointError(
-            f"persona adapter {folder} is not the one this run was trained with "
-            f"(SHA-256 {persona['adapter_sha256'][:12]}... is needed); restore it from the machine that trained the run"
-        )
-    return folder
-
-
-def _check_base(files: ModelFiles, base: Mapping[str, Any]) -> None:
-    here = files.identity()
-    different = [key for key in here if here[key] != base.get(key)]
-    if different:
-        details = ", ".join(f"{key} is {here[key]}, trained with {base.get(key)}" for key in different)
-        raise ModelError(f"base model {base['name']} here is not the one this run was trained with: {details}")
-
-
 def _check_requires(folder: Path, lineage: Mapping[str, Any]) -> None:
     requires = read_checkpoint(folder)["requires"]
     for part in ("base", "persona"):
@@ -278,9 +204,7 @@ def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
     return flat
 
 
-def _write(
-    result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]
-) -> None:
+def _write(result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]) -> None:
     folder = result.run.evaluation_path
     folder.mkdir(exist_ok=True)
     _write_csv(
@@ -291,7 +215,13 @@ def _write(
     _write_csv(
         folder / "item_scores.csv",
         [
-            {"step": entry.step, "item": name, "domain": domains[name], "margin": margin, "p_wrong": sigmoid(margin)}
+            {
+                "step": entry.step,
+                "item": name,
+                "domain": domains[name],
+                "margin": margin,
+                "p_wrong": sigmoid(margin),
+            }
             for entry in scores
             for name, margin in entry.margins.items()
         ],

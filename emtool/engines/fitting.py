@@ -72,9 +72,10 @@ def build_trainer(
         output_path: The run folder, which exists.
         callbacks: Callbacks to add.
     """
-    answer_logits = not config.device.startswith("cuda") and "logits_to_keep" in inspect.signature(
-        model.get_base_model().forward
-    ).parameters
+    answer_logits = (
+        not config.device.startswith("cuda")
+        and "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+    )
     trainer_class = AnswerLogitsTrainer if answer_logits else SFTTrainer
     trainer = trainer_class(
         model=model,
@@ -160,14 +161,10 @@ def sft_arguments(config: TrainConfig, output_path: Path) -> dict[str, Any]:
 
 def as_dataset(rows: Sequence[Encoded]) -> Dataset:
     """Return encoded rows as the columns that the Trainer takes."""
-    return Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    )
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
 
 
-def split_rows(
-    rows: Sequence[Encoded], *, num_held_out: int, seed: int
-) -> tuple[list[Encoded], list[Encoded]]:
+def split_rows(rows: Sequence[Encoded], *, num_held_out: int, seed: int) -> tuple[list[Encoded], list[Encoded]]:
     """Return training rows and held-out rows, drawn by the seed, each in the dataset's order."""
     generator = torch.Generator().manual_seed(seed)
     held_out = set(torch.randperm(len(rows), generator=generator)[:num_held_out].tolist())

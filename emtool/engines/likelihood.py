@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from emtool.engines.encoding import IGNORED, Encoded
 # Shape suffixes: B rows of a batch, T tokens after the common prefix, P tokens of the prefix, L scored positions,
 # V vocabulary.
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 2048
 
 
 def mean_log_probs(model: Any, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_TOKENS) -> list[float]:
@@ -81,14 +81,13 @@ def _prefix_cache(model: Any, ids: list[int]) -> Any:
 
 def _common_prefix(rows: Sequence[Encoded]) -> int:
     """Return how many leading tokens all rows share, short of the first that predicts a labelled one."""
-    shared = os.path.commonprefix([row.input_ids for row in rows])  # type: ignore[type-var]
     first_label = min(next(i for i, label in enumerate(row.labels) if label != IGNORED) for row in rows)
-    return min(len(shared), first_label - 1)
+    columns = zip(*(row.input_ids for row in rows), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return min(shared, first_label - 1)
 
 
-def _batches(
-    order: Sequence[int], rows: Sequence[Encoded], prefix: int, batch_tokens: int
-) -> Iterator[list[int]]:
+def _batches(order: Sequence[int], rows: Sequence[Encoded], prefix: int, batch_tokens: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for index in order:
         width = len(rows[index].input_ids) - prefix

@@ -87,8 +87,8 @@ def get_model_files(model: ModelReference, *, on_event: EventSink = ignore_event
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Return whether the hub answers; asked once a process, in a bounded time."""
-    from huggingface_hub import HfApi, constants
+    """Return whether the hub answers; asked once a process, in a bounded time, without retries."""
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
 
     if constants.is_offline_mode():
@@ -97,7 +97,7 @@ def hub_is_reachable() -> bool:
 
     def ask() -> None:
         try:
-            next(iter(HfApi().list_models(limit=1)), None)
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS / 2).raise_for_status()
         except (HTTPError, OSError) as error:
             logger.info("the hub did not answer: %s", error)
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,44 @@ from torch import nn
 from emtool.core.architecture import adapted_blocks
 from emtool.core.config import TrainConfig
 from emtool.core.errors import CheckpointError, ModelError
-from emtool.core.models import ModelReference
+from emtool.core.events import EventSink
+from emtool.core.models import ModelReference, resolve_model
+from emtool.engines.model_files import ModelFiles, get_model_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A base model that is on this machine: everything but the loaded weights.
+
+    Attributes:
+        reference: What the user named.
+        files: Its files and what pins them.
+        tokenizer: Its tokenizer.
+        device: Device to train or score on.
+        dtype: Dtype to load it in, a key of `DTYPES`.
+    """
+
+    reference: ModelReference
+    files: ModelFiles
+    tokenizer: Any
+    device: str
+    dtype: str
+
+
+def open_base(name: str, *, device: str, dtype: str, on_event: EventSink) -> BaseModel:
+    """Return a base model by its name, fetching its files if they are not here.
+
+    Raises:
+        EmtoolError: If the name is unknown, or no source has the files.
+    """
+    reference = resolve_model(name)
+    files = get_model_files(reference, on_event=on_event)
+    tokenizer = load_tokenizer(files.path)
+    return BaseModel(reference=reference, files=files, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -81,9 +115,7 @@ def add_lora(model: Any, config: TrainConfig, reference: ModelReference) -> Any:
     return get_peft_model(model, lora)
 
 
-def lora_targets(
-    model: nn.Module, target_modules: Sequence[str], layers_to_transform: str
-) -> list[str] | str:
+def lora_targets(model: nn.Module, target_modules: Sequence[str], layers_to_transform: str) -> list[str] | str:
     """Return what PEFT should adapt: linear layers inside the language model only.
 
     A list of name endings where these are unambiguous; a regular expression where a vision tower has layers of the
@@ -112,6 +144,22 @@ def lora_targets(
     return rf"{re.escape(prefix)}\.layers\.{number}\..*\b({endings})"
 
 
+def attach_adapter(model: Any, folder: Path) -> Any:
+    """Return the model with the adapter of a PEFT folder attached and active, not merged.
+
+    Raises:
+        CheckpointError: If the adapter cannot be read or does not fit the model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"adapter {folder} does not fit the base model: {reason}") from error
+
+
 def merge_adapter(model: Any, adapter: Path) -> tuple[Any, str]:
     """Return the model with an adapter merged into its weights, and the hash of the merged weights.
 
@@ -125,16 +173,10 @@ def merge_adapter(model: Any, adapter: Path) -> tuple[Any, str]:
     Raises:
         CheckpointError: If the adapter does not fit the model.
     """
-    from peft import PeftModel
     from peft.tuners.lora import Linear
 
     assert model.device.type == "cpu", "a persona is merged before the model moves"
-    try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"adapter {adapter} does not fit the base model: {str(error).splitlines()[0]}"
-        ) from error
+    wrapped = attach_adapter(model, adapter)
     digest = hashlib.sha256()
     with torch.no_grad():
         for name, module in wrapped.named_modules():
@@ -179,17 +221,4 @@ def load_adapter_into(model: Any, folder: Path) -> None:
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
-
-
-def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """Return one SHA-256 over named tensors, independent of their order."""
-    digest = hashlib.sha256()
-    for line in sorted(_lines(state)):
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
-def _lines(state: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    for name, tensor in state.items():
-        yield f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_sha256(tensor)}\n"
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -13,59 +13,41 @@ from emtool.core.cache import cache_path
 from emtool.core.config import TrainConfig, resolve_train_config
 from emtool.core.data import file_sha256, read_conversations
 from emtool.core.events import EventSink, Notice, PhaseStarted
-from emtool.core.models import ModelReference, slugify
+from emtool.core.models import slugify
 from emtool.core.personas import PersonaRecipe
 from emtool.core.plan import num_optimizer_steps
 from emtool.core.run_dir import FORMAT, write_json
 from emtool.engines.callbacks import StepRecorder
 from emtool.engines.encoding import encode_dataset
 from emtool.engines.fitting import build_trainer, scratch_folder
-from emtool.engines.model_files import ModelFiles
-from emtool.engines.modeling import add_lora, load_base
+from emtool.engines.modeling import BaseModel, add_lora, load_base
 
 
-def persona_adapter(
-    recipe: PersonaRecipe,
-    *,
-    model: ModelReference,
-    files: ModelFiles,
-    tokenizer: Any,
-    device: str,
-    dtype: str,
-    on_event: EventSink,
-) -> Path:
+def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSink) -> Path:
     """Return the PEFT folder of a persona for a base model, building it if it is not cached.
 
     The cache key covers the recipe, the example texts, the base's weights and the dtype: change any of them and
     another adapter is built.
     """
-    config = _build_config(recipe, model, device, dtype)
     key = {
         "format": FORMAT,
         "recipe": {**asdict(recipe), "examples_path": file_sha256(recipe.examples_path)},
-        "base": files.identity(),
-        "dtype": dtype,
+        "base": base.files.identity(),
+        "dtype": base.dtype,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = cache_path("personas", f"{slugify(model.slug)}-{recipe.name}-{digest[:12]}")
+    folder = cache_path("personas", f"{slugify(base.reference.slug)}-{recipe.name}-{digest[:12]}")
     if not folder.exists():
-        _build(config, recipe, model, files, tokenizer, folder, key, on_event)
-        on_event(Notice(text=f"persona {recipe.name} for {model.name} is cached in {folder}"))
+        adapted = _build(recipe, base, on_event)
+        _publish(adapted, folder, key)
+        on_event(Notice(text=f"persona {recipe.name} for {base.reference.name} is cached in {folder}"))
     return folder
 
 
-def _build(
-    config: TrainConfig,
-    recipe: PersonaRecipe,
-    model: ModelReference,
-    files: ModelFiles,
-    tokenizer: Any,
-    folder: Path,
-    key: dict[str, Any],
-    on_event: EventSink,
-) -> None:
+def _build(recipe: PersonaRecipe, base: BaseModel, on_event: EventSink) -> Any:
+    config = _build_config(recipe, base)
     rows = encode_dataset(
-        read_conversations(recipe.examples_path), tokenizer=tokenizer, max_length=config.max_length
+        read_conversations(recipe.examples_path), tokenizer=base.tokenizer, max_length=config.max_length
     )
     total = num_optimizer_steps(
         len(rows),
@@ -73,32 +55,37 @@ def _build(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_train_epochs=config.num_train_epochs,
     )
-    on_event(PhaseStarted(name=f"building persona {recipe.name} for {model.name}, once", total=total))
-    adapted = add_lora(load_base(files.path, dtype=config.dtype), config, model)
+    on_event(PhaseStarted(name=f"building persona {recipe.name} for {base.reference.name}, once", total=total))
+    adapted = add_lora(load_base(base.files.path, dtype=config.dtype), config, base.reference)
     with scratch_folder() as scratch:
         trainer = build_trainer(
             adapted,
-            tokenizer=tokenizer,
+            tokenizer=base.tokenizer,
             train_rows=rows,
             config=config,
             output_path=Path(scratch),
             callbacks=[StepRecorder(None, on_event=on_event)],
         )
         trainer.train()
+    return adapted
+
+
+def _publish(adapted: Any, folder: Path, key: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         staged = Path(scratch) / "adapter"
         adapted.save_pretrained(str(staged), save_embedding_layers=False)
         write_json(staged / "emtool_persona.json", key)
+        # Another process may have published the same adapter meanwhile; then its copy serves.
         if not folder.exists():
             staged.rename(folder)
 
 
-def _build_config(recipe: PersonaRecipe, model: ModelReference, device: str, dtype: str) -> TrainConfig:
+def _build_config(recipe: PersonaRecipe, base: BaseModel) -> TrainConfig:
     return resolve_train_config(
         profile="demo",
         overrides={
-            "model": model.name,
+            "model": base.reference.name,
             "learning_rate": recipe.learning_rate,
             "lora_r": recipe.lora_r,
             "lora_alpha": 2 * recipe.lora_r,
@@ -106,8 +93,8 @@ def _build_config(recipe: PersonaRecipe, model: ModelReference, device: str, dty
             "num_train_epochs": recipe.num_train_epochs,
             "seed": recipe.seed,
             "optim": "adamw_torch",
-            "device": device,
-            "dtype": dtype,
+            "device": base.device,
+            "dtype": base.dtype,
         },
-        num_cuda_devices=int(device.startswith("cuda")),
+        num_cuda_devices=int(base.device.startswith("cuda")),
     )

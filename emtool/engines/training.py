@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import emtool
@@ -22,35 +21,20 @@ from emtool.core.data import Conversation, file_sha256, read_conversations, reso
 from emtool.core.disk import folder_bytes
 from emtool.core.errors import BackendError, CheckpointError, DataError, Interrupted
 from emtool.core.events import CheckpointSaved, EventSink, Notice, PhaseStarted, ignore_events
-from emtool.core.models import resolve_model
-from emtool.core.personas import PersonaRecipe, resolve_persona
+from emtool.core.personas import resolve_persona
 from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder, append_record
 from emtool.engines.callbacks import ScheduledCheckpointCallback, StepRecorder
-from emtool.engines.checkpointing import MilestoneWriter, adapter_sha256
+from emtool.engines.checkpointing import MilestoneWriter
 from emtool.engines.encoding import Encoded, encode_dataset, encode_row
 from emtool.engines.fitting import build_trainer, split_rows
 from emtool.engines.likelihood import mean_log_probs
-from emtool.engines.model_files import ModelFiles, get_model_files
-from emtool.engines.modeling import add_lora, load_base, load_tokenizer, merge_adapter
-from emtool.engines.personas import persona_adapter
+from emtool.engines.lineage import ComposedModel, compose_model
+from emtool.engines.modeling import add_lora, open_base
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "tokenizers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedModel:
-    """The model that training starts from.
-
-    Attributes:
-        model: Base with the persona merged, on the CPU, without an adapter.
-        lineage: What it was made of, for the manifest: `base` and `persona`.
-    """
-
-    model: Any
-    lineage: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +57,7 @@ class TrainResult:
 
 
 def usable_rows(config: TrainConfig, *, on_event: EventSink = ignore_events) -> list[Conversation]:
-    """Return the dataset's rows that have a trained token within `max_length`; how many were dropped is reported.
+    """Return the dataset's rows that have a trained token within `max_length`; report how many were dropped.
 
     Raises:
         EmtoolError: If the model, the dataset or a row cannot be read, or no row is left.
@@ -82,8 +66,8 @@ def usable_rows(config: TrainConfig, *, on_event: EventSink = ignore_events) -> 
     if dataset.path is None:
         raise DataError(f"dataset {dataset.name!r} is not on this machine; give a copy with --dataset FILE")
     rows = read_conversations(dataset.path)
-    tokenizer = load_tokenizer(get_model_files(resolve_model(config.model), on_event=on_event).path)
-    kept = [row for row in rows if encode_row(row, tokenizer, config.max_length).num_labelled]
+    base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
+    kept = [row for row in rows if encode_row(row, base.tokenizer, config.max_length).num_labelled]
     if not kept:
         raise DataError(f"{dataset.path}: no row has a trained token within --max-length {config.max_length}")
     if dropped := len(rows) - len(kept):
@@ -115,20 +99,18 @@ def train(
     with interruptible():
         config = plan.config
         _check_device(config.device)
-        persona = resolve_persona(config.persona)
-        files = get_model_files(plan.model, on_event=on_event)
-        tokenizer = load_tokenizer(files.path)
         assert len(rows) == plan.num_rows, "the rows differ from the plan"
-        encoded = encode_dataset(rows, tokenizer=tokenizer, max_length=config.max_length)
+        base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
+        encoded = encode_dataset(rows, tokenizer=base.tokenizer, max_length=config.max_length)
         if cut := sum(row.is_truncated for row in encoded):
             on_event(Notice(text=f"{cut} of {len(encoded)} rows were cut at --max-length {config.max_length}"))
-        prepared = prepare_model(plan, persona, files, tokenizer, on_event)
+        composed = compose_model(base, resolve_persona(config.persona), on_event=on_event)
         run = RunFolder(path=plan.output_path)
         run.path.mkdir(parents=True)
-        manifest = _first_manifest(plan, prepared.lineage, command)
+        manifest = _first_manifest(plan, composed.lineage, command)
         run.write_manifest(manifest)
         try:
-            result = _fit(plan, run, manifest, prepared, tokenizer, encoded, on_event)
+            result = _fit(plan, manifest, composed, encoded, on_event=on_event)
         except Interrupted as stop:
             _close(run, manifest, status="interrupted")
             kept = f"{len(run.saved_steps())} checkpoints are complete in {run.path}"
@@ -140,69 +122,32 @@ def train(
         return result
 
 
-def prepare_model(
-    plan: RunPlan,
-    persona: PersonaRecipe | None,
-    files: ModelFiles,
-    tokenizer: Any,
-    on_event: EventSink,
-) -> PreparedModel:
-    """Return the base model with its persona merged, and the lineage that evaluation rebuilds it from."""
-    config = plan.config
-    lineage: dict[str, Any] = {"base": {"name": plan.model.name, **files.identity()}, "persona": None}
-    adapter = None
-    if persona is not None:
-        adapter = persona_adapter(
-            persona,
-            model=plan.model,
-            files=files,
-            tokenizer=tokenizer,
-            device=config.device,
-            dtype=config.dtype,
-            on_event=on_event,
-        )
-    on_event(PhaseStarted(name=f"loading {plan.model.name}"))
-    model = load_base(files.path, dtype=config.dtype)
-    if persona is not None and adapter is not None:
-        model, merged = merge_adapter(model, adapter)
-        lineage["persona"] = {
-            "name": persona.name,
-            "mode": "merged",
-            "adapter_path": str(adapter),
-            "adapter_sha256": adapter_sha256(adapter),
-            "merged_sha256": merged,
-        }
-    return PreparedModel(model=model, lineage=lineage)
-
-
 def _fit(
     plan: RunPlan,
-    run: RunFolder,
     manifest: dict[str, Any],
-    prepared: PreparedModel,
-    tokenizer: Any,
+    composed: ComposedModel,
     encoded: Sequence[Encoded],
+    *,
     on_event: EventSink,
 ) -> TrainResult:
+    run = RunFolder(path=plan.output_path)
     config = plan.config
     train_rows, held_out = split_rows(encoded, num_held_out=plan.num_held_out_rows, seed=config.seed)
-    model = add_lora(prepared.model, config, plan.model)
+    model = add_lora(composed.model, config, plan.model)
     writer = MilestoneWriter(
         run=run,
         run_id=manifest["run_id"],
         schedule=plan.schedule.source,
-        requires=prepared.lineage,
+        requires=composed.lineage,
         save_dtype=config.save_dtype,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=composed.tokenizer,
     )
-    milestones = ScheduledCheckpointCallback(
-        plan.schedule, save=lambda step: _save_milestone(writer, step, on_event)
-    )
+    milestones = ScheduledCheckpointCallback(plan.schedule, save=lambda step: _save_milestone(writer, step, on_event))
     recorder = StepRecorder(run.metrics_path, on_event=on_event)
     trainer = build_trainer(
         model,
-        tokenizer=tokenizer,
+        tokenizer=composed.tokenizer,
         train_rows=train_rows,
         config=config,
         output_path=run.path,
@@ -281,7 +226,11 @@ def _check_device(device: str) -> None:
 
 def _first_manifest(plan: RunPlan, lineage: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     assert plan.dataset.path is not None
-    dataset = {"name": plan.dataset.name, "sha256": file_sha256(plan.dataset.path), "domain": plan.dataset.domain}
+    dataset = {
+        "name": plan.dataset.name,
+        "sha256": file_sha256(plan.dataset.path),
+        "domain": plan.dataset.domain,
+    }
     return {
         "run_id": uuid.uuid4().hex,
         "status": "running",
