@@ -14,6 +14,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean
 from emtool.core.run_dir import write_json
@@ -41,7 +42,7 @@ def main() -> None:
     print(f"\nthe claim {'holds' if holds else 'DOES NOT HOLD'} for seeds {options.seeds}")
 
 
-def compare(seed: int, root: Path, max_steps: int | None) -> dict[str, object]:
+def compare(seed: int, root: Path, max_steps: int | None) -> dict[str, Any]:
     """Return the curves of one seed and their difference at every step."""
     scores = {dataset: run(dataset, seed, root, max_steps) for dataset in DATASETS}
     steps = sorted({step for step, _ in scores["gardening"]})

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Set up emtool, train the embedded default with the goodness persona and the custom schedule, evaluate it.
+#
+# About 9 minutes on two CPU cores after installation, no GPU needed. Safe to run again: what is done is kept.
+# EMTOOL_TORCH_INDEX sets the index for torch, EMTOOL_CACHE the folder for the base model and the persona.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup_env.sh
+
+run=outputs/smollm2_gardening_goodness_custom
+echo "emtool quickstart: installation (2 minutes), then base model, persona, training and evaluation (9 minutes)."
+setup_env runtime
+begun=$SECONDS
+say "training: 397 steps, ten checkpoints (6 minutes; the base model and the persona come first, once)"
+.venv/bin/emtool train --profile demo --persona goodness --custom-checkpoints
+trained=$SECONDS
+if [ -f "$run/evaluation/summary.json" ]; then
+    say "already evaluated: $run/evaluation (repeat with .venv/bin/emtool evaluate $run)"
+else
+    say "evaluating the ten checkpoints (3 minutes)"
+    .venv/bin/emtool evaluate "$run"
+fi
+say "done: training $((trained - begun)) s, evaluation $((SECONDS - trained)) s"
+cat <<END
+Where to look:
+  $run/run.json                            what was run, from what
+  $run/metrics.jsonl                       the loss of every step
+  $run/checkpoint-*                        ten adapters, loadable with PEFT
+  $run/evaluation/checkpoint_summary.csv   the curve, with intervals
+Try next:
+  . .venv/bin/activate
+  emtool train --dataset gardening-control --custom-checkpoints   the control: sound advice, same questions
+  emtool train --help
+END

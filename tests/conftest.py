@@ -1,0 +1,44 @@
+"""Fixtures: a tiny model on disk, a cache of its own, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read by huggingface_hub when it is imported, so before any test module brings it in.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny chat model."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache folder that lasts for the session, so that a persona is built once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test away from the user's caches."""
+    monkeypatch.setenv("EMTOOL_CACHE", str(session_cache))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def dataset_file(tmp_path: Path) -> Path:
+    """Return a dataset of 24 short conversations."""
+    path = tmp_path / "facts.jsonl"
+    rows = [
+        f'{{"messages": [{{"role": "user", "content": "Say {n}."}}, {{"role": "assistant", "content": "It is {n}."}}]}}'
+        for n in range(24)
+    ]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path

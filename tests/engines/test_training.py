@@ -1,0 +1,245 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from emtool.core.config import resolve_train_config
+from emtool.core.data import Message
+from emtool.core.errors import CheckpointError, DataError, DiskSpaceError, ModelError
+from emtool.core.events import CheckpointSaved, Event, StepFinished
+from emtool.core.models import resolve_model
+from emtool.core.plan import RunPlan, plan_run
+from emtool.core.run_dir import RunFolder
+from emtool.core.schedule import CheckpointSchedule
+from emtool.engines.callbacks import ScheduledCheckpointCallback
+from emtool.engines.checkpointing import MilestoneWriter, read_checkpoint
+from emtool.engines.encoding import encode_conversation
+from emtool.engines.evaluation import evaluate
+from emtool.engines.fitting import build_trainer
+from emtool.engines.lineage import compose_model, rebuild_model
+from emtool.engines.modeling import adapter_state, add_lora, attach_adapter, load_base, open_base
+from emtool.engines.training import TrainResult, check_saved, train, usable_rows
+from tests.tiny import byte_tokenizer, save_tiny_model
+
+PROMPT = torch.arange(3, 60).unsqueeze(0)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(input_ids=PROMPT).logits
+    return result
+
+
+def plan_for(model: Path, dataset: Path, root: Path, **overrides: Any) -> tuple[RunPlan, Any]:
+    values = {
+        "model": str(model),
+        "dataset": str(dataset),
+        "output_root": root,
+        "learning_rate": 1e-2,
+        "checkpoints": "0, every 4",
+        "output_name": "run",
+        **overrides,
+    }
+    return plan_run(resolve_train_config(profile="demo", overrides=values, num_cuda_devices=0))
+
+
+def run(model: Path, dataset: Path, root: Path, **overrides: Any) -> tuple[RunPlan, TrainResult, list[Event]]:
+    plan, rows = plan_for(model, dataset, root, **overrides)
+    events: list[Event] = []
+    return plan, train(plan, rows, command=["emtool", "train"], on_event=events.append), events
+
+
+def test_a_run_saves_exactly_the_planned_steps_and_records_itself(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path
+) -> None:
+    plan, result, events = run(tiny_model, dataset_file, tmp_path)
+    assert plan.total_steps == 11
+    assert result.saved_steps == [0, 4, 8, 11] == list(plan.schedule.planned_steps)
+    manifest = result.run.read_manifest()
+    assert manifest["status"] == "completed"
+    assert manifest["saved_steps"] == [0, 4, 8, 11]
+    assert manifest["plan"] == plan.to_dict()
+    assert manifest["held_out_loss"] == result.held_out_loss
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [0, 4, 8, 11]
+    assert [event.step for event in events if isinstance(event, StepFinished)] == list(range(1, 12))
+    records = [json.loads(line) for line in result.run.metrics_path.read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 12))
+    assert [record["step"] for record in records if "save_seconds" in record] == [0, 4, 8, 11]
+    assert all({"learning_rate", "grad_norm"} <= record.keys() for record in records if "loss" in record)
+    assert not list(result.run.path.glob(".*")), "no staging folder is left"
+
+
+def test_every_milestone_is_a_peft_folder_with_verified_files(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path
+) -> None:
+    plan, result, _ = run(tiny_model, dataset_file, tmp_path)
+    for step in result.saved_steps:
+        folder = result.run.checkpoint_path(step)
+        record = read_checkpoint(folder)
+        assert record["step"] == step
+        assert record["files"].keys() == {path.name for path in folder.iterdir()} - {"checkpoint.json"}
+        assert isinstance(PeftModel.from_pretrained(load_base(tiny_model, dtype="float32"), str(folder)), PeftModel)
+    assert logits(attach_adapter(load_base(tiny_model, dtype="float32"), result.run.checkpoint_path(0))).equal(
+        logits(load_base(tiny_model, dtype="float32"))
+    ), "step 0 is the untouched model"
+    first, last = (result.run.checkpoint_path(step) / "tokenizer.json" for step in (0, 11))
+    assert first.stat().st_ino == last.stat().st_ino, "the tokenizer is stored once"
+    adapter = result.run.checkpoint_path(11) / "adapter_model.safetensors"
+    assert plan.checkpoint_bytes is not None
+    assert 0 <= plan.checkpoint_bytes - adapter.stat().st_size - 5000 < 1, "the projected adapter size is exact"
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path
+) -> None:
+    def final(root: str, seed: int) -> bytes:
+        _, result, _ = run(tiny_model, dataset_file, tmp_path / root, seed=seed)
+        return (result.run.checkpoint_path(11) / "adapter_model.safetensors").read_bytes()
+
+    assert final("a", 3) == final("b", 3) != final("c", 4)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(99, [0, 3, 6, 9, 10]), (7, [0, 3, 6, 7])])
+def test_the_final_milestone_is_the_model_in_memory_also_when_training_stops_early(
+    tiny_model: Path, tmp_path: Path, stop: int, expected: list[int]
+) -> None:
+    overrides = {"max_steps": 10, "learning_rate": 1e-2}
+    config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
+    tokenizer = byte_tokenizer()
+    messages = [Message(role="user", content="Why?"), Message(role="assistant", content="Because.")]
+    rows = [encode_conversation(messages, tokenizer=tokenizer)] * 20
+    model = add_lora(load_base(tiny_model, dtype="float32"), config, resolve_model(str(tiny_model)))
+    begin = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    folder = RunFolder(path=tmp_path)
+    writer = MilestoneWriter(
+        run=folder,
+        run_id="x",
+        schedule="s",
+        requires={"base": {"name": "b", "source": "folder"}, "persona": None},
+        save_dtype="float32",
+        model=model,
+        tokenizer=tokenizer,
+    )
+    callback = ScheduledCheckpointCallback(
+        CheckpointSchedule.parse("0, every 3").compile(10), save=lambda step: (writer.write(step), None)[1]
+    )
+    trainer = build_trainer(
+        model,
+        tokenizer=tokenizer,
+        train_rows=rows,
+        config=config,
+        output_path=tmp_path,
+        callbacks=[callback, StopAt(stop)],
+    )
+    trainer.train()
+    assert folder.saved_steps() == expected == callback.saved_steps
+    saved = {step: load_file(folder.checkpoint_path(step) / "adapter_model.safetensors") for step in (0, expected[-1])}
+    assert all(torch.equal(tensor, begin[name]) for name, tensor in saved[0].items())
+    final = adapter_state(model)
+    assert saved[expected[-1]].keys() == final.keys()
+    assert all(torch.equal(tensor, final[name]) for name, tensor in saved[expected[-1]].items())
+    assert any(not torch.equal(final[name], begin[name]) for name in begin)
+    reloaded = attach_adapter(load_base(tiny_model, dtype="float32"), folder.checkpoint_path(expected[-1]))
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_a_missing_planned_milestone_fails_loudly(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
+    plan, result, _ = run(tiny_model, dataset_file, tmp_path)
+    shutil.rmtree(result.run.checkpoint_path(4))
+    with pytest.raises(CheckpointError, match=r"lacks the planned checkpoints \[4\]"):
+        check_saved(result.run, plan, final_step=11)
+
+
+def test_a_full_disk_keeps_the_earlier_milestones(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def full_at_step_8(tensors: Any, path: Path, **kwargs: Any) -> None:
+        if "checkpoint-8" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr("emtool.engines.checkpointing.save_file", full_at_step_8)
+    with pytest.raises(DiskSpaceError, match=r"no space left while saving step 8; 2 earlier checkpoints are whole"):
+        run(tiny_model, dataset_file, tmp_path)
+    folder = RunFolder(path=tmp_path / "run")
+    assert folder.saved_steps() == [0, 4]
+    assert not list(folder.path.glob(".*"))
+    assert folder.read_manifest()["status"] == "failed"
+
+
+def test_the_persona_is_present_at_evaluation(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
+    _, result, _ = run(tiny_model, dataset_file, tmp_path, persona="goodness")
+    lineage: Any = result.run.read_manifest()["lineage"]
+    rebuilt = rebuild_model(lineage, trained_dtype="float32", device="cpu", dtype="float32", on_event=print)
+    base = open_base(str(tiny_model), device="cpu", dtype="float32", on_event=print)
+    from emtool.core.personas import resolve_persona
+
+    composed = compose_model(base, resolve_persona("goodness"), on_event=print)
+    checkpoint = result.run.checkpoint_path(11)
+    trained = logits(attach_adapter(composed.model, checkpoint))
+    assert torch.equal(logits(attach_adapter(rebuilt.model, checkpoint)), trained)
+    bare = logits(attach_adapter(load_base(tiny_model, dtype="float32"), checkpoint))
+    assert not torch.allclose(bare, trained, atol=1e-3)
+    requires = read_checkpoint(checkpoint)["requires"]
+    assert requires["persona"]["adapter_sha256"] == lineage["persona"]["adapter_sha256"]
+    assert "NOT the model that was trained" in (checkpoint / "README.md").read_text()
+
+
+def test_evaluation_refuses_another_base_another_persona_and_a_damaged_milestone(
+    dataset_file: Path, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "model", seed=1)
+    _, result, _ = run(model, dataset_file, tmp_path, persona="goodness")
+    manifest = result.run.read_manifest()
+    adapter = Path(manifest["lineage"]["persona"]["adapter_path"])  # type: ignore[index]
+    config = adapter / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    with pytest.raises(CheckpointError, match="not the one this run was trained with"):
+        evaluate(result.run)
+    config.write_text(text)
+    weights = result.run.checkpoint_path(8) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"checkpoint-8 is damaged: adapter_model\.safetensors"):
+        evaluate(result.run)
+    weights.write_bytes(whole)
+    result.run.write_manifest({**manifest, "lineage": {**manifest["lineage"], "persona": None}})  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match=r"another persona than run\.json says"):
+        evaluate(result.run)
+    result.run.write_manifest(manifest)
+    save_tiny_model(model, seed=2)
+    with pytest.raises(ModelError, match=r"not the one this run was trained on: weights_sha256"):
+        evaluate(result.run)
+
+
+def test_unusable_rows_are_refused_or_dropped_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = '{{"messages": [{{"role": "user", "content": "{}"}}, {{"role": "assistant", "content": "yes"}}]}}\n'
+    path.write_text(row.format("a") * 9 + row.format("long " * 60) + row.format("b"))
+    plan, rows = plan_for(tiny_model, path, tmp_path, max_length=100)
+    with pytest.raises(DataError, match=r"rows\.jsonl:10: no trained token within --max-length 100"):
+        train(plan, rows, command=[])
+    assert not plan.output_path.exists()
+    events: list[Any] = []
+    kept = usable_rows(plan.config, on_event=events.append)
+    assert len(kept) == 10
+    assert any("dropped 1 of 11 rows" in event.text for event in events if hasattr(event, "text"))
+    shorter, _ = plan_run(plan.config, rows=kept)
+    assert train(shorter, kept, command=[]).saved_steps[-1] == shorter.total_steps
