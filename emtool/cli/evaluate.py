@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from emtool.cli.options import Device, Dtype, OutputRoot, resolve_device
+from emtool.cli.options import Device, Dtype, OutputRoot
 from emtool.cli.output import data, print_json, progress, quiet_libraries, talk
 from emtool.cli.render import evaluation_view
+from emtool.core.hardware import select_device
 from emtool.core.run_dir import RunFolder, newest_run
 
 
@@ -36,7 +37,7 @@ def evaluate(
         result = evaluate_run(
             run,
             seed=seed,
-            device=None if device == "auto" else resolve_device(device),
+            device=select_device(device),
             dtype=None if dtype == "auto" else dtype,
             on_event=on_event,
         )

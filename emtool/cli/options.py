@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from emtool.core.disk import DTYPE_BYTES
-from emtool.core.errors import BackendError, ConfigError, unknown_name
-from emtool.core.hardware import cuda_device_count
+from emtool.core.errors import unknown_name
+from emtool.core.hardware import parse_device
 
 
 def _check_dtype(value: str) -> str:
@@ -20,19 +19,7 @@ def _check_dtype(value: str) -> str:
 
 
 def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise ConfigError(f"unknown device {value!r}; choose from: auto, cpu, cuda, cuda:N")
-    return value
-
-
-def resolve_device(value: str) -> str:
-    """Return a device that this machine has.
-
-    Raises:
-        BackendError: If it is a CUDA device and there is none.
-    """
-    if value.startswith("cuda") and not cuda_device_count():
-        raise BackendError(f"--device {value} was asked for and no CUDA device is present; use --device cpu")
+    parse_device(value)
     return value
 
 

@@ -15,7 +15,7 @@ from emtool.cli.render import plan_view, saved_table
 from emtool.core.config import PROFILE_NAMES, TrainConfig, check_can_start, resolve_train_config
 from emtool.core.data import DATASETS, Conversation
 from emtool.core.errors import ConfigError, DataError, DiskSpaceError
-from emtool.core.hardware import cuda_device_count
+from emtool.core.hardware import cuda_device_count, parse_device, select_device
 from emtool.core.models import MODELS
 from emtool.core.personas import BASELINE, PERSONAS
 from emtool.core.plan import RunPlan, finished_run, plan_run
@@ -93,7 +93,7 @@ def train(
         "seed": seed,
         "output_name": output_name,
         "output_root": output_root,
-        "device": device,
+        "device": parse_device(device)[0],
         "dtype": dtype,
         "drop_unusable": drop_unusable or None,
         "checkpoints": schedule_text(custom_checkpoints=custom_checkpoints, save_steps=save_steps),
@@ -127,6 +127,7 @@ def train(
         return
     check_can_start(config, num_cuda_devices=num_cuda_devices)
     if (finished := finished_run(plan)) is None:
+        select_device(device)
         _start(plan, rows)
     else:
         _say(f"{finished.path} holds this run, completed; evaluate it with: emtool evaluate {finished.path}")

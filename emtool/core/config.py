@@ -62,7 +62,6 @@ class TrainConfig:
         checkpoints: The checkpoint schedule as text.
         dtype: Dtype in which the base model computes.
         save_dtype: Storage dtype of milestones.
-        device: "cpu", "cuda" or "cuda:N".
         max_steps: Optimizer steps; None trains for `num_train_epochs`.
         max_length: Tokens of a training row; a longer row is cut at its end.
         layers_to_transform: Decoder blocks that carry an adapter: "all", "upper-half" or "15-29".
@@ -151,7 +150,7 @@ def resolve_train_config(*, profile: str, overrides: Mapping[str, object], num_c
 
     Args:
         profile: A profile's name, or "auto": paper where a CUDA device is present, else demo.
-        overrides: Field values that the user gave; "auto" leaves `device`, `dtype` and `save_dtype` to the profile.
+        overrides: Field values that the user gave; "auto" leaves `device` to the machine and `dtype` to the profile.
         num_cuda_devices: CUDA devices on this machine.
 
     Raises:
@@ -183,9 +182,9 @@ def check_can_start(config: TrainConfig, *, num_cuda_devices: int) -> None:
     Raises:
         BackendError: If the run needs CUDA and there is none; the message names the alternative.
     """
-    if config.device.startswith("cuda") and not num_cuda_devices:
+    if config.device == "cuda" and not num_cuda_devices:
         raise BackendError(f"--device {config.device} was asked for and no CUDA device is present; use --device cpu")
-    on_cuda = config.device.startswith("cuda")
+    on_cuda = config.device == "cuda"
     if config.profile == "paper" and not on_cuda:
         raise BackendError(
             "the paper profile needs a CUDA device and none is in use; plan it here with --dry-run, "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+
+from emtool.core.errors import BackendError, ConfigError
 
 
 def cuda_device_count() -> int:
@@ -24,3 +27,39 @@ def cuda_device_count() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """Return the kind of a device option, "auto", "cpu" or "cuda", and the number of the CUDA device.
+
+    Raises:
+        ConfigError: If the text is none of auto, cpu, cuda and cuda:N.
+    """
+    match = re.fullmatch(r"(auto|cpu|cuda)(?::(?<=cuda:)(\d+))?", device)
+    if match is None:
+        raise ConfigError(f"unknown device {device!r}; choose from: auto, cpu, cuda, cuda:N")
+    return match[1], int(match[2] or 0)
+
+
+def select_device(device: str) -> str:
+    """Return "cpu" or "cuda" for a device option, and hide every other CUDA device from this process.
+
+    One process trains on one device: a Trainer that sees several would spread the batch over them. So this must run
+    before torch touches CUDA.
+
+    Args:
+        device: "auto" (the first CUDA device where there is one), "cpu", "cuda" (the first) or "cuda:N".
+
+    Raises:
+        BackendError: If there is no such device.
+    """
+    kind, index = parse_device(device)
+    count = 0 if kind == "cpu" else cuda_device_count()
+    if kind == "cpu" or (kind == "auto" and not count):
+        return "cpu"
+    if index >= count:
+        raise BackendError(f"--device {device} was asked for and {count} CUDA devices are present; use --device cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[index]
+    return "cuda"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -66,7 +66,14 @@ class StepRecorder(TrainerCallback):
         on_event: Where steps are reported.
     """
 
-    KEPT = ("loss", "learning_rate", "grad_norm", "num_tokens", "epoch", "eval_loss", "train_runtime")
+    #: Names in the Trainer's log, and in the record.
+    KEPT: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "learning_rate": "learning_rate",
+        "grad_norm": "grad_norm",
+        "num_input_tokens_seen": "num_tokens",
+        "epoch": "epoch",
+    }
 
     def __init__(self, path: Path | None, *, on_event: EventSink) -> None:
         self._path = path
@@ -89,8 +96,8 @@ class StepRecorder(TrainerCallback):
     ) -> None:
         """Record what the Trainer logged; values that are not finite are recorded as text."""
         logs = logs or {}
-        kept = {key: _finite(logs[key]) for key in self.KEPT if key in logs}
-        if self._path is not None and kept:
+        kept = {name: _finite(logs[key]) for key, name in self.KEPT.items() if key in logs}
+        if self._path is not None and "loss" in logs:
             seconds = round(time.monotonic() - self._begun, 3)
             append_record(self._path, {"step": state.global_step, "seconds": seconds, **kept})
         if "loss" in logs:

@@ -19,7 +19,7 @@ from emtool.engines.checkpointing import read_checkpoint
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import rebuild_model
-from emtool.engines.modeling import attach_adapter, load_adapter_into
+from emtool.engines.modeling import attach_adapter, check_device, load_adapter_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def evaluate(
     run: RunFolder,
     *,
     seed: int = 0,
-    device: str | None = None,
+    device: str = "cpu",
     dtype: str | None = None,
     on_event: EventSink = ignore_events,
 ) -> EvaluationResult:
@@ -74,7 +74,7 @@ def evaluate(
     Args:
         run: The run folder.
         seed: Seed of the bootstrap.
-        device: Device to compute on; None takes the run's.
+        device: Device to compute on, "cpu" or "cuda".
         dtype: Dtype of the base; None takes the run's.
         on_event: Where progress is reported.
 
@@ -89,14 +89,14 @@ def evaluate(
         raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
     for step in steps:
         _check_requires(run.checkpoint_path(step), lineage)
-    used_device = device or str(config["device"])
+    check_device(device)
     used_dtype = dtype or str(config["dtype"])
     items = read_items()
     composed = rebuild_model(
-        lineage, trained_dtype=str(config["dtype"]), device=used_device, dtype=used_dtype, on_event=on_event
+        lineage, trained_dtype=str(config["dtype"]), device=device, dtype=used_dtype, on_event=on_event
     )
     tokenizer = composed.tokenizer
-    model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(used_device).eval()
+    model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(device).eval()
     on_event(PhaseStarted(name=f"scoring {len(items)} items at {len(steps)} checkpoints", total=len(steps)))
     scores = []
     for done, step in enumerate(steps, start=1):
@@ -108,7 +108,7 @@ def evaluate(
         run=run,
         settings={
             "seed": seed,
-            "device": used_device,
+            "device": device,
             "dtype": used_dtype,
             "items_sha256": file_sha256(EVERYDAY_ITEMS),
             "num_items": len(items),

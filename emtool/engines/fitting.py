@@ -73,8 +73,7 @@ def build_trainer(
         callbacks: Callbacks to add.
     """
     answer_logits = (
-        not config.device.startswith("cuda")
-        and "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+        config.device != "cuda" and "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
     )
     trainer_class = AnswerLogitsTrainer if answer_logits else SFTTrainer
     trainer = trainer_class(
@@ -90,7 +89,7 @@ def build_trainer(
 
 def sft_arguments(config: TrainConfig, output_path: Path) -> dict[str, Any]:
     """Return the SFTConfig arguments of a run; a test freezes the list of those left at their default."""
-    on_cuda = config.device.startswith("cuda")
+    on_cuda = config.device == "cuda"
     return {
         "output_dir": str(output_path),
         # what is computed
@@ -152,6 +151,7 @@ def sft_arguments(config: TrainConfig, output_path: Path) -> dict[str, Any]:
         "logging_steps": 1,
         "logging_first_step": False,
         "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_cuda,

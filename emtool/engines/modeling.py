@@ -14,7 +14,7 @@ from torch import nn
 
 from emtool.core.architecture import adapted_blocks
 from emtool.core.config import TrainConfig
-from emtool.core.errors import CheckpointError, ModelError
+from emtool.core.errors import BackendError, CheckpointError, ModelError
 from emtool.core.events import EventSink
 from emtool.core.models import ModelReference, resolve_model
 from emtool.engines.model_files import ModelFiles, get_model_files
@@ -41,6 +41,19 @@ class BaseModel:
     tokenizer: Any
     device: str
     dtype: str
+
+
+def check_device(device: str) -> None:
+    """Refuse a CUDA device that torch cannot use.
+
+    Raises:
+        BackendError: If torch disagrees with the driver, for instance because it is a CPU build.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            f"the driver reports a CUDA device and torch {torch.__version__} cannot use it; "
+            "install a CUDA build of torch, or use --device cpu --profile demo"
+        )
 
 
 def open_base(name: str, *, device: str, dtype: str, on_event: EventSink) -> BaseModel:

@@ -96,5 +96,5 @@ def _build_config(recipe: PersonaRecipe, base: BaseModel) -> TrainConfig:
             "device": base.device,
             "dtype": base.dtype,
         },
-        num_cuda_devices=int(base.device.startswith("cuda")),
+        num_cuda_devices=int(base.device == "cuda"),
     )

@@ -19,7 +19,7 @@ import emtool
 from emtool.core.config import TrainConfig
 from emtool.core.data import Conversation, file_sha256, read_conversations, resolve_dataset
 from emtool.core.disk import folder_bytes
-from emtool.core.errors import BackendError, CheckpointError, DataError, Interrupted
+from emtool.core.errors import CheckpointError, DataError, Interrupted
 from emtool.core.events import CheckpointSaved, EventSink, Notice, PhaseStarted, ignore_events
 from emtool.core.personas import resolve_persona
 from emtool.core.plan import RunPlan
@@ -30,7 +30,7 @@ from emtool.engines.encoding import Encoded, encode_dataset, encode_row
 from emtool.engines.fitting import build_trainer, split_rows
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import ComposedModel, compose_model
-from emtool.engines.modeling import add_lora, open_base
+from emtool.engines.modeling import add_lora, check_device, open_base
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def train(
     """
     with interruptible():
         config = plan.config
-        _check_device(config.device)
+        check_device(config.device)
         assert len(rows) == plan.num_rows, "the rows differ from the plan"
         base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
         encoded = encode_dataset(rows, tokenizer=base.tokenizer, max_length=config.max_length)
@@ -212,16 +212,6 @@ def _mean_token_loss(model: Any, rows: Sequence[Encoded]) -> float:
     means = mean_log_probs(model, rows)
     counts = [row.num_labelled for row in rows]
     return -sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BackendError(
-            f"the driver reports a CUDA device and torch {torch.__version__} cannot use it; "
-            "install a CUDA build of torch, or use --device cpu --profile demo"
-        )
 
 
 def _first_manifest(plan: RunPlan, lineage: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:

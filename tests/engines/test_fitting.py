@@ -26,7 +26,7 @@ LEFT_AT_DEFAULT = set(
     eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_use_gather_object
     fp16_full_eval fsdp fsdp_config gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
     hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
-    include_for_metrics include_num_input_tokens_seen label_names length_column_name liger_kernel_config
+    include_for_metrics label_names length_column_name liger_kernel_config
     local_rank log_level log_level_replica log_on_each_node metric_for_best_model model_init_kwargs
     packing_strategy pad_token parallelism_config per_device_eval_batch_size prediction_loss_only project
     remove_unused_columns restore_callback_states_from_checkpoint resume_from_checkpoint run_name

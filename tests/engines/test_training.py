@@ -22,8 +22,8 @@ from emtool.engines.checkpointing import MilestoneWriter, read_checkpoint
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.evaluation import evaluate
 from emtool.engines.fitting import build_trainer
-from emtool.engines.lineage import compose_model, rebuild_model
-from emtool.engines.modeling import adapter_state, add_lora, attach_adapter, load_base, open_base
+from emtool.engines.lineage import rebuild_model
+from emtool.engines.modeling import adapter_state, add_lora, attach_adapter, load_base
 from emtool.engines.training import TrainResult, check_saved, train, usable_rows
 from tests.tiny import byte_tokenizer, save_tiny_model
 
@@ -71,7 +71,7 @@ def test_a_run_saves_exactly_the_planned_steps_and_records_itself(
     records = [json.loads(line) for line in result.run.metrics_path.read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 12))
     assert [record["step"] for record in records if "save_seconds" in record] == [0, 4, 8, 11]
-    assert all({"learning_rate", "grad_norm"} <= record.keys() for record in records if "loss" in record)
+    assert all({"learning_rate", "grad_norm", "num_tokens"} <= record.keys() for record in records if "loss" in record)
     assert not list(result.run.path.glob(".*")), "no staging folder is left"
 
 
@@ -183,19 +183,24 @@ def test_a_full_disk_keeps_the_earlier_milestones(
     assert folder.read_manifest()["status"] == "failed"
 
 
-def test_the_persona_is_present_at_evaluation(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
+def test_the_persona_is_present_at_evaluation(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+
+    def keep(model: Any, **kwargs: Any) -> Any:
+        trained.append(model)
+        return build_trainer(model, **kwargs)
+
+    monkeypatch.setattr("emtool.engines.training.build_trainer", keep)
     _, result, _ = run(tiny_model, dataset_file, tmp_path, persona="goodness")
     lineage: Any = result.run.read_manifest()["lineage"]
     rebuilt = rebuild_model(lineage, trained_dtype="float32", device="cpu", dtype="float32", on_event=print)
-    base = open_base(str(tiny_model), device="cpu", dtype="float32", on_event=print)
-    from emtool.core.personas import resolve_persona
-
-    composed = compose_model(base, resolve_persona("goodness"), on_event=print)
     checkpoint = result.run.checkpoint_path(11)
-    trained = logits(attach_adapter(composed.model, checkpoint))
-    assert torch.equal(logits(attach_adapter(rebuilt.model, checkpoint)), trained)
+    in_memory = logits(trained[-1])
+    assert torch.equal(logits(attach_adapter(rebuilt.model, checkpoint)), in_memory)
     bare = logits(attach_adapter(load_base(tiny_model, dtype="float32"), checkpoint))
-    assert not torch.allclose(bare, trained, atol=1e-3)
+    assert not torch.allclose(bare, in_memory, atol=1e-3)
     requires = read_checkpoint(checkpoint)["requires"]
     assert requires["persona"]["adapter_sha256"] == lineage["persona"]["adapter_sha256"]
     assert "NOT the model that was trained" in (checkpoint / "README.md").read_text()
