@@ -86,7 +86,8 @@ class MilestoneWriter:
         config.inference_mode = True
         config.save_pretrained(str(folder))
         self._add_tokenizer(folder)
-        (folder / "README.md").write_text(_readme(step, self.requires), encoding="utf-8")
+        readme = _readme(step, self.requires, base_model=config.base_model_name_or_path)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
         record = {
             "format": FORMAT,
             "step": step,
@@ -135,11 +136,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _readme(step: int, requires: Mapping[str, Any]) -> str:
+def _readme(step: int, requires: Mapping[str, Any], *, base_model: str) -> str:
     base, persona = requires["base"], requires["persona"]
     lines = [
         "---",
-        f"base_model: {base['name']}" if not base["name"].startswith("/") else "base_model: local",
+        f"base_model: {json.dumps(base_model)}",
         "library_name: peft",
         "---",
         "",
@@ -148,7 +149,7 @@ def _readme(step: int, requires: Mapping[str, Any]) -> str:
         "A LoRA adapter in PEFT's format, trained on a narrow dataset for research on emergent misalignment.",
         "Do not deploy it.",
         "",
-        f"- Base model: `{base['name']}` ({base['source']})",
+        f"- Base model: `{base_model}`, from: {base['source']}",
     ]
     if persona is None:
         lines.append("- Load it with `PeftModel.from_pretrained(base, folder)`.")

