@@ -47,7 +47,8 @@ def _plan_facts(plan: RunPlan) -> dict[str, str]:
     length = "--max-steps" if config.max_steps else f"{config.num_train_epochs:g} epoch(s)"
     adapter = f"LoRA r {config.lora_r}, alpha {config.lora_alpha}, blocks: {config.layers_to_transform}"
     return {
-        "profile": f"{config.profile} ({config.profile_reason}): {plan.model.name}, {config.optim}, {config.dtype}",
+        "profile": f"{config.profile}: {plan.model.name}, {config.optim}, {config.dtype}",
+        "chosen": config.profile_reason,
         "base model": f"{plan.model.hub_id or plan.model.name} on {config.device}",
         "persona": config.persona if config.persona == BASELINE else f"{config.persona}, merged into the base",
         "dataset": f"{plan.dataset.name}: {plan.num_train_rows:,} rows, and {plan.num_held_out_rows:,} held out",

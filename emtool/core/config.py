@@ -158,10 +158,10 @@ def resolve_train_config(*, profile: str, overrides: Mapping[str, object], num_c
     """
     if profile not in PROFILE_NAMES:
         raise unknown_name("profile", profile, PROFILE_NAMES)
-    name, reason = profile, "asked for"
+    name, reason = profile, "by --profile"
     if profile == "auto":
         name = "paper" if num_cuda_devices else "demo"
-        reason = f"auto: {num_cuda_devices} CUDA device(s) found" if num_cuda_devices else "auto: no CUDA device found"
+        reason = f"auto, {num_cuda_devices} CUDA device(s) found" if num_cuda_devices else "auto, no CUDA device found"
     given = {key: value for key, value in overrides.items() if value != "auto"}
     unknown = given.keys() - {field.name for field in fields(TrainConfig)}
     assert not unknown, f"not fields of TrainConfig: {unknown}"

@@ -11,10 +11,10 @@ def resolve(profile: str = "demo", num_cuda_devices: int = 0, **overrides: Any) 
 
 
 def test_auto_takes_paper_with_cuda_and_demo_without_and_says_why() -> None:
-    assert (resolve("auto").profile, resolve("auto").profile_reason) == ("demo", "auto: no CUDA device found")
+    assert (resolve("auto").profile, resolve("auto").profile_reason) == ("demo", "auto, no CUDA device found")
     on_gpu = resolve("auto", num_cuda_devices=1)
     assert (on_gpu.profile, on_gpu.device, on_gpu.optim) == ("paper", "cuda", "adamw_8bit")
-    assert on_gpu.profile_reason == "auto: 1 CUDA device(s) found"
+    assert on_gpu.profile_reason == "auto, 1 CUDA device(s) found"
 
 
 def test_paper_profile_is_the_published_setting() -> None:
