@@ -22,6 +22,30 @@ class ConfigError(EmtoolError):
     exit_code = 2
 
 
+class PointedError(ConfigError):
+    """A text that cannot be read, with the place where.
+
+    Args:
+        message: One line.
+        text: The text as given.
+        start: First character of the offending piece.
+        length: Characters of it.
+    """
+
+    def __init__(self, message: str, *, text: str, start: int, length: int) -> None:
+        super().__init__(message)
+        self.text = text
+        self.start = start
+        self.length = length
+
+    @property
+    def pointer(self) -> str:
+        """Return the text, and below it marks under the place; the part around it where the text is long."""
+        begin = max(0, self.start - 30)
+        shown = "".join(c if c.isprintable() else " " for c in self.text[begin : begin + 70])
+        return f"  {shown}\n  {' ' * (self.start - begin)}{'^' * min(self.length, 40)}"
+
+
 class DataError(EmtoolError):
     """A dataset that cannot be read or used; names the file and the line."""
 

@@ -1,24 +1,245 @@
 """Checkpoint schedules: which optimizer steps of a run are saved.
 
-A schedule is written as terms joined by commas, for instance `init, every 50, final`. It is a value: parsing gives a
-`CheckpointSchedule`, compiling it for a number of steps gives a `CompiledSchedule`, and nothing else decides what is
-saved.
+A schedule is written as terms joined by commas; together they form a union:
+
+    25   10%   0.5ep   init   final              one step
+    0-150:25                                     from, to (inclusive), stride
+    every 25 until 150 then every 50 until 300   absolute multiples, phase after phase
+    log 10   even 8   pow2 until 512             spread over the run
+    custom   pythia                              presets
+    !75   !0-100:25   !final                     removal, which wins
+
+It is a value: parsing gives a `CheckpointSchedule`, compiling that for a number of steps gives a `CompiledSchedule`, and
+nothing else decides what is saved. To add a kind of term, write a class with `steps` below and parse it in
+`emtool/core/schedule_text.py`.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
 
-from emtool.core.errors import ConfigError, unknown_name
+from emtool.core.errors import ConfigError
 
-#: The documented schedule, dense early and sparse late. The final step is added when it is compiled.
+#: The documented schedule, dense early and sparse late. The final step is implied.
 CUSTOM_STEPS = (0, 25, 50, 100, 125, 150, 200, 250, 300)
-PRESETS = {"custom": CUSTOM_STEPS}
-WORDS = ("init", "final", "every N", *PRESETS)
+#: Biderman et al. 2023, arXiv 2304.01373: step 0, powers of two to 512, then every 1,000.
+PYTHIA_TEXT = "init, pow2 until 512, every 1000"
+#: A schedule with more checkpoints than this is refused before it is expanded.
+MAX_CHECKPOINTS = 100_000
 
-_EVERY = re.compile(r"every\s+(\d+)")
-_POINT = re.compile(r"\d+")
+
+@dataclass(frozen=True, kw_only=True)
+class RunLength:
+    """What a schedule is compiled for.
+
+    Attributes:
+        total_steps: Optimizer steps in the run, at least 1.
+        steps_per_epoch: Optimizer steps of an epoch; None where no dataset is known.
+    """
+
+    total_steps: int
+    steps_per_epoch: int | None = None
+
+
+class Term(Protocol):
+    """A part of a schedule."""
+
+    def __str__(self) -> str:
+        """Return the term in normal form."""
+
+    def count(self, run: RunLength) -> int:
+        """Return an upper bound of how many steps it names in the run, without expanding it."""
+
+    def steps(self, run: RunLength) -> Iterable[int]:
+        """Return the steps that it names, also past the end of the run where it names them one by one."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step: a number, a share of the run or of epochs, or its end.
+
+    Attributes:
+        value: The number as written.
+        unit: "" for steps, "%" of the run, "ep" for epochs, "final" for the last step.
+    """
+
+    value: Fraction
+    unit: str = ""
+
+    def __str__(self) -> str:
+        """Return the point in normal form."""
+        return "final" if self.unit == "final" else f"{_decimal(self.value)}{self.unit}"
+
+    def step(self, run: RunLength) -> int:
+        """Return the step, rounded to even on ties.
+
+        Raises:
+            ConfigError: If epochs are asked for and no dataset is known.
+        """
+        if self.unit == "final":
+            return run.total_steps
+        if self.unit == "%":
+            return round(self.value * run.total_steps / 100)
+        if self.unit == "ep":
+            if run.steps_per_epoch is None:
+                raise ConfigError(f"schedule term {str(self)!r} counts epochs; give a dataset or --steps-per-epoch")
+            return round(self.value * run.steps_per_epoch)
+        return int(self.value)
+
+    def count(self, run: RunLength) -> int:
+        """Return 1."""
+        return 1
+
+    def steps(self, run: RunLength) -> Sequence[int]:
+        """Return the one step."""
+        return (self.step(run),)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Steps from a first to a last one, both included, a stride apart."""
+
+    first: int
+    last: int
+    stride: int
+
+    def __str__(self) -> str:
+        """Return the range in normal form."""
+        return f"{self.first}-{self.last}:{self.stride}"
+
+    def count(self, run: RunLength) -> int:
+        """Return the number of steps."""
+        return (self.last - self.first) // self.stride + 1
+
+    def steps(self, run: RunLength) -> range:
+        """Return the steps, also past the end of the run."""
+        return range(self.first, self.last + 1, self.stride)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Absolute multiples, phase after phase; 0 is not one of them.
+
+    Attributes:
+        phases: Stride and upper bound (inclusive) of each; None is the end of the run. A later phase holds the
+            multiples above the bound of the one before.
+    """
+
+    phases: tuple[tuple[int, Point | None], ...]
+
+    def __str__(self) -> str:
+        """Return the phases in normal form."""
+        return " then ".join(
+            f"every {stride}" + (f" until {until}" if until is not None else "") for stride, until in self.phases
+        )
+
+    def count(self, run: RunLength) -> int:
+        """Return the number of steps."""
+        return sum(max(0, (phase.stop - phase.start - 1) // phase.step + 1) for phase in self._ranges(run))
+
+    def steps(self, run: RunLength) -> Iterable[int]:
+        """Return the steps inside the run."""
+        for phase in self._ranges(run):
+            yield from phase
+
+    def _ranges(self, run: RunLength) -> list[range]:
+        ranges, above = [], 0
+        for stride, until in self.phases:
+            last = run.total_steps if until is None else min(until.step(run), run.total_steps)
+            ranges.append(range((above // stride + 1) * stride, last + 1, stride))
+            above = max(above, last)
+        return ranges
+
+
+@dataclass(frozen=True)
+class Even:
+    """K steps spread evenly from 0 to the end."""
+
+    number: int
+
+    def __str__(self) -> str:
+        """Return the term in normal form."""
+        return f"even {self.number}"
+
+    def count(self, run: RunLength) -> int:
+        """Return K."""
+        return _check_room(self, self.number, run)
+
+    def steps(self, run: RunLength) -> list[int]:
+        """Return round(i * T / (K - 1)) for i = 0 .. K - 1."""
+        return [round(Fraction(i * run.total_steps, self.number - 1)) for i in range(self.number)]
+
+
+@dataclass(frozen=True)
+class Log:
+    """Step 0 and K - 1 distinct steps, geometric from 1 to the end."""
+
+    number: int
+
+    def __str__(self) -> str:
+        """Return the term in normal form."""
+        return f"log {self.number}"
+
+    def count(self, run: RunLength) -> int:
+        """Return K."""
+        return _check_room(self, self.number, run)
+
+    def steps(self, run: RunLength) -> list[int]:
+        """Return the steps; a duplicate becomes the next free one, and the last is the end of the run."""
+        steps = [0]
+        others = self.number - 1
+        for i in range(others):
+            exponent = i / (others - 1) if others > 1 else 1.0
+            wanted = max(round(run.total_steps**exponent), steps[-1] + 1)
+            # Room is kept for those that follow, so that the last one lands on the end.
+            steps.append(min(wanted, run.total_steps - (others - 1 - i)))
+        return steps
+
+
+@dataclass(frozen=True)
+class Powers:
+    """Powers of two from 1 up to a bound, inclusive; None is the end of the run."""
+
+    until: Point | None
+
+    def __str__(self) -> str:
+        """Return the term in normal form."""
+        return "pow2" + (f" until {self.until}" if self.until is not None else "")
+
+    def count(self, run: RunLength) -> int:
+        """Return the number of steps."""
+        return self._last(run).bit_length()
+
+    def steps(self, run: RunLength) -> list[int]:
+        """Return the steps inside the run."""
+        return [1 << i for i in range(self._last(run).bit_length())]
+
+    def _last(self, run: RunLength) -> int:
+        return run.total_steps if self.until is None else max(0, min(self.until.step(run), run.total_steps))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A schedule with a name."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+    def count(self, run: RunLength) -> int:
+        """Return the sum over its terms."""
+        return sum(term.count(run) for term in self.terms)
+
+    def steps(self, run: RunLength) -> Iterable[int]:
+        """Return the steps of its terms."""
+        for term in self.terms:
+            yield from term.steps(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +247,18 @@ class CompiledSchedule:
     """The steps that a schedule names in a run of a given length.
 
     Attributes:
-        source: The schedule as text.
+        source: The schedule in normal form.
         total_steps: Optimizer steps in the run.
         planned_steps: Steps to save, strictly increasing, within [0, total_steps].
         skipped_steps: Steps that were named and lie past the end of the run, strictly increasing.
+        has_final: Whether the step at which training really ends is saved.
     """
 
     source: str
     total_steps: int
     planned_steps: tuple[int, ...]
     skipped_steps: tuple[int, ...]
+    has_final: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,65 +266,59 @@ class CheckpointSchedule:
     """A checkpoint schedule, independent of the length of the run.
 
     Attributes:
-        source: The text that it was parsed from, in normal form.
-        points: Single steps, strictly increasing; 0 is the state before training.
-        strides: Distances N of `every N`: the multiples of N without 0.
+        kept: Terms whose union is saved; `final` is implied.
+        removed: Terms that are taken out again.
     """
 
-    source: str
-    points: tuple[int, ...]
-    strides: tuple[int, ...]
+    kept: tuple[Term, ...]
+    removed: tuple[Term, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> CheckpointSchedule:
-        """Return the schedule that a text names.
-
-        The final step is implied: it is always saved.
-
-        Args:
-            text: Terms joined by commas: a step, `init`, `final`, `every N` or the preset `custom`.
+        """Return the schedule that a text names, see the head of this module.
 
         Raises:
-            ConfigError: If a term is unknown, a stride is zero or there is no term.
+            ConfigError: If a term is unknown, negative, reversed or has a zero stride, or there is no term; the message
+                quotes the text and points at the place.
         """
-        points: set[int] = set()
-        strides: set[int] = set()
-        terms = [term.strip().lower() for term in text.split(",")]
-        if not any(terms):
-            raise ConfigError(f"empty checkpoint schedule {text!r}; write for instance 'custom' or 'every 100'")
-        for term in terms:
-            if every := _EVERY.fullmatch(term):
-                strides.add(_positive(int(every[1]), term))
-            elif _POINT.fullmatch(term):
-                points.add(int(term))
-            elif term == "init":
-                points.add(0)
-            elif term in PRESETS:
-                points.update(PRESETS[term])
-            elif term != "final":
-                raise unknown_name("schedule", term, WORDS, "or a step number")
-        return cls(source=", ".join(terms), points=tuple(sorted(points)), strides=tuple(sorted(strides)))
+        from emtool.core.schedule_text import parse_schedule
 
-    def compile(self, total_steps: int) -> CompiledSchedule:
+        return parse_schedule(text)
+
+    def __str__(self) -> str:
+        """Return the schedule in normal form: parsing it gives the same steps."""
+        return ", ".join([*map(str, self.kept), *(f"!{term}" for term in self.removed)])
+
+    def compile(self, total_steps: int, *, steps_per_epoch: int | None = None) -> CompiledSchedule:
         """Return the steps to save in a run.
 
         Args:
             total_steps: Optimizer steps in the run, at least 1.
+            steps_per_epoch: Optimizer steps of an epoch, for terms in epochs.
 
         Raises:
-            ConfigError: If the run has no step.
+            ConfigError: If the run has no step, a term needs what is not known, nothing is left to save, or there are
+                more than `MAX_CHECKPOINTS`.
         """
         if total_steps < 1:
             raise ConfigError(f"a run of {total_steps} steps cannot be scheduled; it needs at least 1")
-        named = set(self.points)
-        for stride in self.strides:
-            named.update(range(stride, total_steps + 1, stride))
-        planned = {step for step in named if step <= total_steps} | {total_steps}
+        run = RunLength(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        removed = _union(self.removed, run)
+        has_final = not any(isinstance(term, Point) and term.unit == "final" for term in self.removed)
+        named = _union(self.kept, run) - removed
+        planned = {step for step in named if step <= total_steps}
+        if has_final:
+            planned.add(total_steps)
+        else:
+            planned.discard(total_steps)
+        if not planned:
+            raise ConfigError(f"schedule {str(self)!r} leaves no step of {total_steps} to save; remove a '!' term")
         return CompiledSchedule(
-            source=self.source,
+            source=str(self),
             total_steps=total_steps,
             planned_steps=tuple(sorted(planned)),
-            skipped_steps=tuple(sorted(named - planned)),
+            skipped_steps=tuple(sorted(step for step in named if step > total_steps)),
+            has_final=has_final,
         )
 
 
@@ -117,7 +334,32 @@ def default_checkpoint_steps(total_steps: int | None = None) -> list[int]:
     return list(CheckpointSchedule.parse("custom").compile(total_steps).planned_steps)
 
 
-def _positive(stride: int, term: str) -> int:
-    if stride == 0:
-        raise ConfigError(f"zero stride in schedule term {term!r}; 'every N' needs N of at least 1")
-    return stride
+def _union(terms: Iterable[Term], run: RunLength) -> set[int]:
+    steps: set[int] = set()
+    for term in terms:
+        if term.count(run) <= MAX_CHECKPOINTS:
+            steps.update(term.steps(run))
+        if term.count(run) > MAX_CHECKPOINTS or len(steps) > MAX_CHECKPOINTS:
+            raise ConfigError(f"schedule term {str(term)!r} makes more than {MAX_CHECKPOINTS:,} checkpoints; widen it")
+    return steps
+
+
+def _check_room(term: Term, number: int, run: RunLength) -> int:
+    if number > run.total_steps + 1:
+        raise ConfigError(
+            f"schedule term {str(term)!r} asks for {number:,} distinct steps and the run has {run.total_steps + 1:,}, "
+            "step 0 included; ask for fewer"
+        )
+    return number
+
+
+def _decimal(value: Fraction) -> str:
+    """Return a fraction that came from a decimal number as that number."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    digits = 0
+    while (value * 10**digits).denominator != 1:
+        digits += 1
+    whole, rest = divmod(int(value * 10**digits), 10**digits)
+    return f"{whole}.{rest:0{digits}d}"
+

@@ -1,0 +1,230 @@
+"""Reading schedules: from the one-line text, and from the values of a configuration file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from emtool.core.errors import ConfigError, PointedError
+from emtool.core.schedule import (
+    CUSTOM_STEPS,
+    PYTHIA_TEXT,
+    CheckpointSchedule,
+    Even,
+    Every,
+    Log,
+    Point,
+    Powers,
+    Preset,
+    Range,
+    Term,
+)
+
+MAX_TEXT = 10_000
+MAX_DIGITS = 12
+FORMS = "25, 10%, 0.5ep, init, final, 0-150:25, every 50, every 25 until 150 then every 50, log 10, even 8, pow2"
+WORDS = ("init", "final", "every", "until", "then", "log", "even", "pow2", "custom", "pythia")
+
+_NUMBER = rf"\d{{1,{MAX_DIGITS}}}"
+_POINT = re.compile(rf"(?P<value>{_NUMBER}(?:\.{_NUMBER})?)(?P<unit>%|ep)?|(?P<word>init|final)")
+_RANGE = re.compile(rf"(?P<first>{_NUMBER})-(?P<last>{_NUMBER})(?::(?P<stride>{_NUMBER}))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A piece of the schedule's text and where it stands in it."""
+
+    text: str
+    whole: str
+    start: int
+
+    def error(self, problem: str) -> ConfigError:
+        """Return an error that quotes the whole text and points at this piece."""
+        return PointedError(
+            f"{problem} in schedule {self.whole!r}; write for instance: {FORMS}",
+            text=self.whole,
+            start=self.start,
+            length=max(1, len(self.text)),
+        )
+
+    def split(self, pattern: str) -> list[_Place]:
+        """Return the pieces between the matches of a pattern, without the space around them."""
+        pieces, begin = [], 0
+        ends = [*((m.start(), m.end()) for m in re.finditer(pattern, self.text)), (len(self.text), 0)]
+        for stop, after in ends:
+            raw = self.text[begin:stop]
+            offset = begin + len(raw) - len(raw.lstrip())
+            pieces.append(_Place(text=raw.strip(), whole=self.whole, start=self.start + offset))
+            begin = after
+        return pieces
+
+
+def parse_schedule(text: str) -> CheckpointSchedule:
+    """Return the schedule that a text names; see `emtool.core.schedule` for the forms.
+
+    Raises:
+        ConfigError: If a term is unknown, negative, reversed or has a zero stride, or there is none.
+    """
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"a schedule of {len(text):,} characters is too long; {MAX_TEXT:,} are allowed")
+    whole = _Place(text=text, whole=text, start=0)
+    kept: list[Term] = []
+    removed: list[Term] = []
+    for place in whole.split(","):
+        if not place.text:
+            raise place.error("empty checkpoint schedule" if not text.strip() else "empty term")
+        if place.text.startswith("!"):
+            rest = _Place(text=place.text[1:].lstrip(), whole=text, start=place.start + 1)
+            removed.append(_point_or_range(rest))
+        else:
+            kept.append(_term(place))
+    return CheckpointSchedule(kept=tuple(dict.fromkeys(kept)), removed=tuple(dict.fromkeys(removed)))
+
+
+def schedule_from_value(value: object) -> CheckpointSchedule:
+    """Return the schedule that a configuration file names.
+
+    Args:
+        value: A text, a step number, a mapping `{every, until}`, or a list of these. Mappings that follow one another
+            are phases, as with "then"; everything else in a list forms a union.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    return parse_schedule(_text_of(value))
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, Mapping, Sequence)):
+        raise ConfigError(f"checkpoints = {value!r} is not a schedule; give a text, a number, a list or {{every, until}}")
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        return _phase_of(value)
+    parts: list[str] = []
+    for before, item in zip([None, *value], value, strict=False):
+        joins = isinstance(item, Mapping) and isinstance(before, Mapping)
+        text = _text_of(item)
+        if joins:
+            parts[-1] += f" then {text}"
+        else:
+            parts.append(text)
+    return ", ".join(parts)
+
+
+def _phase_of(value: Mapping[object, object]) -> str:
+    unknown = [str(key) for key in value if key not in ("every", "until")]
+    if unknown or "every" not in value:
+        raise ConfigError(f"checkpoints phase {dict(value)!r} needs 'every' and may have 'until', nothing else")
+    until = value.get("until")
+    return f"every {value['every']}" + (f" until {until}" if until is not None else "")
+
+
+def _term(place: _Place) -> Term:
+    word = re.match(r"[a-z0-9]*", place.text.lower())
+    parse = _PARSERS.get(word[0] if word else "", _point_or_range)
+    return parse(_Place(text=place.text.lower(), whole=place.whole, start=place.start))
+
+
+def _point_or_range(place: _Place) -> Term:
+    if match := _RANGE.fullmatch(place.text.lower()):
+        first, last = int(match["first"]), int(match["last"])
+        stride = 1 if match["stride"] is None else int(match["stride"])
+        if stride == 0:
+            raise place.error(f"zero stride {place.text!r}")
+        if first > last:
+            raise place.error(f"reversed range {place.text!r}")
+        return Range(first=first, last=last, stride=stride)
+    return _point(place)
+
+
+def _point(place: _Place) -> Point:
+    match = _POINT.fullmatch(place.text.lower())
+    if match is None:
+        raise place.error(_what_is_wrong(place.text))
+    if match["word"]:
+        return Point(Fraction(0)) if match["word"] == "init" else Point(Fraction(0), "final")
+    value, unit = Fraction(match["value"]), match["unit"] or ""
+    if not unit and value.denominator != 1:
+        raise place.error(f"step {place.text!r} is not a whole number")
+    if unit == "%" and value > 100:
+        raise place.error(f"{place.text!r} is more than the whole run")
+    return Point(value, unit)
+
+
+def _what_is_wrong(text: str) -> str:
+    if re.match(r"[-\u2212]\s*\d", text):
+        return f"negative step {text!r}"
+    if re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
+        return f"number with more than {MAX_DIGITS} digits {text[:20]!r}..."
+    word = text.split()[0] if text.split() else text
+    near = difflib.get_close_matches(word.lower(), WORDS, n=1)
+    return f"unknown term {text[:60]!r}" + (f" (did you mean {near[0]!r}?)" if near and near[0] != word.lower() else "")
+
+
+def _every(place: _Place) -> Every:
+    phases: list[tuple[int, Point | None]] = []
+    for phase in place.split(r"\bthen\b"):
+        match = re.fullmatch(rf"every\s+({_NUMBER})(?:\s+until\s+(\S.*))?", phase.text)
+        if match is None:
+            raise phase.error(f"{phase.text!r} is not 'every N' or 'every N until STEP'")
+        if int(match[1]) == 0:
+            raise phase.error(f"zero stride {phase.text!r}")
+        if phases and phases[-1][1] is None:
+            raise phase.error("nothing can follow 'every N' without 'until'")
+        until = None if match[2] is None else _inner(phase, match.start(2), match[2])
+        if until is not None and phases and not until.unit and _reversed(phases[-1][1], until):
+            raise phase.error(f"phase {phase.text!r} ends before the one before it")
+        phases.append((int(match[1]), until))
+    return Every(tuple(phases))
+
+
+def _reversed(before: Point | None, after: Point) -> bool:
+    return before is not None and before.unit == after.unit and after.value <= before.value
+
+
+def _inner(place: _Place, offset: int, text: str) -> Point:
+    return _point(_Place(text=text.strip(), whole=place.whole, start=place.start + offset))
+
+
+def _spread(kind: Callable[[int], Even | Log]) -> Callable[[_Place], Term]:
+    def parse(place: _Place) -> Term:
+        match = re.fullmatch(rf"[a-z]+\s+({_NUMBER})", place.text)
+        if match is None or int(match[1]) < 2:
+            raise place.error(f"{place.text!r} needs a number of checkpoints, at least 2")
+        return kind(int(match[1]))
+
+    return parse
+
+
+def _powers(place: _Place) -> Powers:
+    match = re.fullmatch(r"pow2(?:\s+until\s+(\S.*))?", place.text)
+    if match is None:
+        raise place.error(f"{place.text!r} is not 'pow2' or 'pow2 until STEP'")
+    return Powers(None if match[1] is None else _inner(place, match.start(1), match[1]))
+
+
+def _preset(name: str) -> Callable[[_Place], Term]:
+    def parse(place: _Place) -> Term:
+        if place.text != name:
+            raise place.error(_what_is_wrong(place.text))
+        if name == "custom":
+            return Preset(name, tuple(Point(Fraction(step)) for step in CUSTOM_STEPS))
+        return Preset(name, parse_schedule(PYTHIA_TEXT).kept)
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[_Place], Term]] = {
+    "every": _every,
+    "even": _spread(Even),
+    "log": _spread(Log),
+    "pow2": _powers,
+    "custom": _preset("custom"),
+    "pythia": _preset("pythia"),
+}
