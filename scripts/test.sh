@@ -21,4 +21,4 @@ say "ruff"
 say "mypy, strict"
 .venv/bin/mypy
 say "pytest"
-.venv/bin/python -m pytest "${selection[@]}" "$@"
+.venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"

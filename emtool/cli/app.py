@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from emtool import __version__
 from emtool.cli.evaluate import evaluate
 from emtool.cli.output import talk
 from emtool.cli.train import train
-from emtool.core.errors import EmtoolError, Interrupted
+from emtool.core.errors import EmtoolError, Interrupted, PointedError
 
 
 class BoundaryGroup(TyperGroup):
@@ -24,6 +25,8 @@ class BoundaryGroup(TyperGroup):
         kwargs["standalone_mode"] = False
         try:
             result = super().main(*args, **kwargs)
+        except PointedError as error:
+            _fail(str(error), error.exit_code, below=error.pointer)
         except EmtoolError as error:
             _fail(str(error), error.exit_code)
         except Interrupted as stop:
@@ -32,12 +35,16 @@ class BoundaryGroup(TyperGroup):
             _fail(f"{error.format_message()} Run with --help to see what is allowed.", error.exit_code)
         except typer.Abort:
             _fail("aborted", 1)
+        if result == 128 + signal.SIGINT:
+            _fail("interrupted", result)
         sys.exit(result if isinstance(result, int) else 0)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    line = " ".join(message.split())
-    talk().print(f"[bold red]emtool:[/] {escape(line)}", soft_wrap=True, highlight=False)
+def _fail(message: str, exit_code: int, *, below: str = "") -> None:
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    talk().print(f"[bold red]emtool:[/] {escape(line)}", soft_wrap=True)
+    if below:
+        talk().print(escape(below), soft_wrap=True)
     sys.exit(exit_code)
 
 

@@ -29,15 +29,16 @@ def evaluate(
     run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root)
     run.read_manifest()
     talk().print(f"evaluating {run.path}", markup=False, soft_wrap=True)
+    used_device = select_device(device)
     quiet_libraries()
     from emtool.engines.evaluation import evaluate as evaluate_run
-    from emtool.engines.training import interruptible
+    from emtool.engines.recording import interruptible
 
     with interruptible(), progress() as on_event:
         result = evaluate_run(
             run,
             seed=seed,
-            device=select_device(device),
+            device=used_device,
             dtype=None if dtype == "auto" else dtype,
             on_event=on_event,
         )

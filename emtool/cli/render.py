@@ -113,28 +113,22 @@ def evaluation_view(result: EvaluationResult) -> RenderableType:
     if has_trained:
         table.add_column(f"p_wrong, {domain}", no_wrap=True)
     for step, metrics in result.metrics.items():
-        other = metrics["p_wrong_other"]
-        row = [
-            f"{step:,}",
-            _interval(other),
-            bar(other.value, 10),
-            _change(metrics.get("p_wrong_other_delta")),
-        ]
+        other = metrics.get("p_wrong_other")
+        shown = bar(other.value, 10) if other is not None else ""
+        row = [f"{step:,}", _interval(other), shown, _change(metrics.get("p_wrong_other_delta"))]
         if has_trained:
-            row.append(_interval(metrics["p_wrong_trained"]))
+            row.append(_interval(metrics.get("p_wrong_trained")))
         table.add_row(*row)
-    last = result.metrics[max(result.metrics)]
-    values = [metrics["p_wrong_other"].value for metrics in result.metrics.values()]
+    values = [metrics["p_wrong_other"] for metrics in result.metrics.values() if "p_wrong_other" in metrics]
+    if not values:
+        return Group(table, Text("no checkpoint could be scored", style="yellow"))
+    curve = sparkline([estimate.value for estimate in values])
     legend = (
-        f"p_wrong: probability given to the wrong of two matched answers, mean over {last['p_wrong_other'].n} items "
-        f"in other domains; [95% interval, bootstrap over items]; * excludes 0"
+        "p_wrong: probability given to the wrong of two matched answers; [95% interval, bootstrap over items]; "
+        f"{values[0].n} items in other domains; * the change excludes 0"
     )
-    return Group(
-        table,
-        "",
-        Text(f"other domains  {sparkline(values)}  {values[0]:.3f} to {values[-1]:.3f}"),
-        Text(legend, style="dim"),
-    )
+    summary = f"other domains  {curve}  {values[0].value:.3f} to {values[-1].value:.3f}"
+    return Group(table, "", Text(summary), Text(legend, style="dim"))
 
 
 def bar(value: float, width: int) -> str:
@@ -160,12 +154,14 @@ def shorten(rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
     return [*rows[:EDGE_ROWS], gap, *rows[-EDGE_ROWS:]]
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "unscored"
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]".replace("[", r"\[")
 
 
 def _change(estimate: Estimate | None) -> str:
     if estimate is None:
-        return "no step 0"
+        return "none"
     mark = "*" if estimate.excludes_zero else " "
     return rf"{estimate.value:+.3f}{mark}\[{estimate.low:+.3f}, {estimate.high:+.3f}]"

@@ -57,6 +57,10 @@ def train(
         int | None,
         typer.Option(min=1, help="Save every N steps and the final one. [default: 100]", rich_help_panel=_SCHEDULE),
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Any schedule, for instance 'init, every 50, !100' or 'log 10'.", rich_help_panel=_SCHEDULE),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_HYPER)] = None,
     num_train_epochs: Annotated[
         float | None, typer.Option(help="Passes over the data.", rich_help_panel=_HYPER)
@@ -96,7 +100,7 @@ def train(
         "device": parse_device(device)[0],
         "dtype": dtype,
         "drop_unusable": drop_unusable or None,
-        "checkpoints": schedule_text(custom_checkpoints=custom_checkpoints, save_steps=save_steps),
+        "checkpoints": schedule_text(checkpoints, custom_checkpoints=custom_checkpoints, save_steps=save_steps),
         "max_steps": max_steps,
         "num_train_epochs": num_train_epochs,
         "learning_rate": learning_rate,
@@ -133,17 +137,21 @@ def train(
         _say(f"{finished.path} holds this run, completed; evaluate it with: emtool evaluate {finished.path}")
 
 
-def schedule_text(*, custom_checkpoints: bool, save_steps: int | None) -> str | None:
+def schedule_text(checkpoints: str | None, *, custom_checkpoints: bool, save_steps: int | None) -> str | None:
     """Return the schedule that the options name, or None where none was given.
 
     Raises:
-        ConfigError: If both were given.
+        ConfigError: If more than one was given.
     """
-    if custom_checkpoints and save_steps is not None:
-        raise ConfigError("--custom-checkpoints and --save-steps name two schedules; give one")
-    if custom_checkpoints:
-        return "custom"
-    return None if save_steps is None else f"every {save_steps}"
+    given = {
+        "--checkpoints": checkpoints,
+        "--custom-checkpoints": "custom" if custom_checkpoints else None,
+        "--save-steps": None if save_steps is None else f"every {save_steps}",
+    }
+    named = {option: text for option, text in given.items() if text is not None}
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} name two schedules; give one")
+    return next(iter(named.values()), None)
 
 
 def _usable_rows(config: TrainConfig) -> Sequence[Conversation]:

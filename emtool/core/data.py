@@ -76,7 +76,7 @@ def resolve_dataset(name: str) -> DatasetReference:
     """
     if name in DATASETS:
         return DATASETS[name]
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         resolved = path.resolve()
         return DatasetReference(name=str(resolved), slug=slugify(path.stem), num_rows=None, domain=None, path=resolved)
@@ -149,6 +149,8 @@ def _message(item: object, where: str) -> Message:
         raise DataError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"{where}: 'content' must be a text that is not empty")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise DataError(f"{where}: 'content' has half of a surrogate pair, which is not text")
     return Message(role=role, content=content)
 
 

@@ -40,13 +40,11 @@ class CheckpointSaved:
     Attributes:
         step: Optimizer step.
         path: Its folder.
-        num_bytes: Size of its files.
         seconds: How long training stood still for it.
     """
 
     step: int
     path: Path
-    num_bytes: int
     seconds: float
 
 

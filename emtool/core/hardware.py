@@ -5,28 +5,36 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
+import sys
 
 from emtool.core.errors import BackendError, ConfigError
+
+_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+_COUNT = (
+    f"import ctypes\ndriver = ctypes.CDLL({_LIBRARY!r})\ncount = ctypes.c_int(0)\n"
+    "ok = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0\n"
+    "print(count.value if ok else 0)"
+)
 
 
 def cuda_device_count() -> int:
     """Return the number of CUDA devices this process may use.
 
-    Asks the driver library directly, which takes milliseconds where importing torch takes seconds. The driver itself
-    honours CUDA_VISIBLE_DEVICES. A machine without the driver, or with one that does not start, has none.
+    Asks the driver library directly, which takes milliseconds where importing torch takes seconds. The question is
+    put in a process of its own: the driver reads CUDA_VISIBLE_DEVICES once, when it starts, and `select_device` must
+    still be able to change it here. A machine without the driver, or with one that does not start, has none.
 
     Source: CUDA Driver API, cuInit and cuDeviceGetCount.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return 0
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        ctypes.CDLL(_LIBRARY)
     except OSError:
         return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+    done = subprocess.run([sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
 
 
 def parse_device(device: str) -> tuple[str, int]:

@@ -93,13 +93,13 @@ def resolve_model(name: str) -> ModelReference:
     """
     if facts := MODELS.get(name) or next((f for f in MODELS.values() if f.hub_id == name), None):
         return ModelReference(name=facts.name, slug=facts.slug, facts=facts, config=facts.config)
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         resolved = path.resolve()
         return ModelReference(
             name=str(resolved), slug=slugify(resolved.name), path=resolved, config=read_config(resolved)
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and "--" not in name and ".." not in name:
         return ModelReference(name=name, slug=slugify(name.rsplit("/", 1)[1]))
     raise unknown_name("model", name, MODELS, "a hub id like 'Qwen/Qwen2.5-0.5B-Instruct' or a local folder")
 

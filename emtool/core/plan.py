@@ -6,14 +6,15 @@ The preview, the dry run and the training read the same `RunPlan`, so they canno
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from emtool.core.architecture import linear_layers
 from emtool.core.cache import find_model_path, tokenizer_bytes
 from emtool.core.config import TrainConfig
-from emtool.core.data import Conversation, DatasetReference, read_conversations, resolve_dataset
+from emtool.core.data import Conversation, DatasetReference, file_sha256, read_conversations, resolve_dataset
 from emtool.core.disk import SMALL_FILES_BYTES, adapter_file_bytes, free_bytes
 from emtool.core.errors import CheckpointError
 from emtool.core.models import ModelReference, read_config, resolve_model
@@ -157,12 +158,20 @@ def finished_run(plan: RunPlan) -> RunFolder | None:
     manifest = run.read_manifest()
     if _comparable(manifest.get("config")) != _comparable(plan.config.to_dict()):
         raise CheckpointError(f"{run.path} holds a run of another configuration; {instead}")
+    if _dataset_sha256(manifest) != (plan.dataset.path and file_sha256(plan.dataset.path)):
+        raise CheckpointError(f"{run.path} holds a run on other contents of {plan.dataset.name}; {instead}")
     if manifest.get("status") != "completed":
         raise CheckpointError(
             f"{run.path} holds this run, {manifest.get('status')} with {len(run.saved_steps())} checkpoints; "
             f"remove the folder to train it anew, or {instead}"
         )
     return run
+
+
+def _dataset_sha256(manifest: Mapping[str, object]) -> object:
+    lineage = manifest.get("lineage")
+    dataset = lineage.get("dataset") if isinstance(lineage, dict) else None
+    return dataset.get("sha256") if isinstance(dataset, dict) else None
 
 
 def _comparable(config: object) -> dict[str, object]:
@@ -192,13 +201,14 @@ def make_plan(
         ConfigError: If the schedule or the adapter does not suit the model.
     """
     num_held_out = num_held_out_rows(num_rows, config.held_out_fraction)
-    total_steps = num_optimizer_steps(
+    count = partial(
+        num_optimizer_steps,
         num_rows - num_held_out,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
     )
+    total_steps = count(num_train_epochs=config.num_train_epochs, max_steps=config.max_steps)
+    schedule = CheckpointSchedule.parse(config.checkpoints)
     output_path = config.output_root / (config.output_name or default_run_name(config, model, dataset))
     return RunPlan(
         config=config,
@@ -207,7 +217,7 @@ def make_plan(
         output_path=output_path,
         num_rows=num_rows,
         num_held_out_rows=num_held_out,
-        schedule=CheckpointSchedule.parse(config.checkpoints).compile(total_steps),
+        schedule=schedule.compile(total_steps, steps_per_epoch=count(num_train_epochs=1.0)),
         checkpoint_bytes=_checkpoint_bytes(config, model),
         shared_bytes=tokenizer_bytes,
         free_bytes=free_bytes(output_path),

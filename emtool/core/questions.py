@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from emtool.core.data import asset_path, read_json_lines
 from emtool.core.errors import DataError
@@ -30,14 +29,14 @@ class EvaluationItem:
     wrong: str
 
 
-def read_items(path: Path = EVERYDAY_ITEMS) -> list[EvaluationItem]:
-    """Return the items of a JSON Lines file, in its order.
+def read_items() -> list[EvaluationItem]:
+    """Return the built-in items, in the order of their file.
 
     Raises:
         DataError: If a field is missing or not a text, or an id is used twice; names the file and the line.
     """
     items: dict[str, EvaluationItem] = {}
-    for record, location in read_json_lines(path):
+    for record, location in read_json_lines(EVERYDAY_ITEMS):
         fields = {}
         for key in ("id", "domain", "question", "sound", "wrong"):
             value = record.get(key)
@@ -48,6 +47,4 @@ def read_items(path: Path = EVERYDAY_ITEMS) -> list[EvaluationItem]:
         if item.id in items:
             raise DataError(f"{location}: id {item.id!r} is used twice")
         items[item.id] = item
-    if not items:
-        raise DataError(f"{path} holds no items")
     return list(items.values())

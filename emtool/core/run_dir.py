@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from emtool.core.errors import CheckpointError
+from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
 
 FORMAT = 1
 
@@ -70,9 +71,48 @@ class RunFolder:
             raise CheckpointError(f"{self.manifest_path} is not of format {FORMAT}; use the emtool that wrote it")
         return manifest
 
+    def create(self, manifest: Mapping[str, object]) -> None:
+        """Make the folder, which must not exist, with its manifest.
+
+        Raises:
+            CheckpointError: If it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot create {self.path}: {error.strerror}; choose another --output-root or --output-name"
+            ) from error
+        self.write_manifest(manifest)
+
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
-        """Replace `run.json` as a whole."""
-        write_json(self.manifest_path, {"format": FORMAT, **manifest})
+        """Replace `run.json` as a whole.
+
+        Raises:
+            EmtoolError: If it cannot be written.
+        """
+        try:
+            write_json(self.manifest_path, {"format": FORMAT, **manifest})
+        except OSError as error:
+            raise self.write_error(error, "writing run.json") from error
+
+    def append_metrics(self, record: Mapping[str, object]) -> None:
+        """Append a record to `metrics.jsonl`.
+
+        Raises:
+            EmtoolError: If it cannot be written.
+        """
+        try:
+            append_record(self.metrics_path, record)
+        except OSError as error:
+            raise self.write_error(error, "writing metrics.jsonl") from error
+
+    def write_error(self, error: OSError, doing: str) -> EmtoolError:
+        """Return the error for a folder that cannot be written to; says what is kept."""
+        kept = f"{len(self.saved_steps())} earlier checkpoints are whole"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return DiskSpaceError(f"no space left in {self.path} while {doing}; {kept}; free some and train again")
+        return CheckpointError(f"cannot write in {self.path} while {doing}: {error.strerror or error}; {kept}")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -84,6 +124,27 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Make a finished folder appear under its name, complete and durable, by one rename.
+
+    Args:
+        staging: The folder, on the same file system.
+        target: Its name from now on; must not exist.
+    """
+    for path in (*sorted(staging.rglob("*")), staging):
+        _sync(path)
+    staging.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_record(path: Path, record: Mapping[str, object]) -> None:

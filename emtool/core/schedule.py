@@ -9,8 +9,8 @@ A schedule is written as terms joined by commas; together they form a union:
     custom   pythia                              presets
     !75   !0-100:25   !final                     removal, which wins
 
-It is a value: parsing gives a `CheckpointSchedule`, compiling that for a number of steps gives a `CompiledSchedule`, and
-nothing else decides what is saved. To add a kind of term, write a class with `steps` below and parse it in
+It is a value: parsing gives a `CheckpointSchedule`, compiling that for a number of steps gives a `CompiledSchedule`,
+and nothing else decides what is saved. To add a kind of term, write a class with `steps` below and parse it in
 `emtool/core/schedule_text.py`.
 """
 
@@ -362,4 +362,3 @@ def _decimal(value: Fraction) -> str:
         digits += 1
     whole, rest = divmod(int(value * 10**digits), 10**digits)
     return f"{whole}.{rest:0{digits}d}"
-

@@ -101,7 +101,9 @@ def _text_of(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, Mapping, Sequence)):
-        raise ConfigError(f"checkpoints = {value!r} is not a schedule; give a text, a number, a list or {{every, until}}")
+        raise ConfigError(
+            f"checkpoints = {value!r} is not a schedule; give a text, a number, a list or {{every, until}}"
+        )
     if isinstance(value, int):
         return str(value)
     if isinstance(value, Mapping):
@@ -162,7 +164,7 @@ def _what_is_wrong(text: str) -> str:
         return f"negative step {text!r}"
     if re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
         return f"number with more than {MAX_DIGITS} digits {text[:20]!r}..."
-    word = text.split()[0] if text.split() else text
+    word = text.split(maxsplit=1)[0] if text.split() else text
     near = difflib.get_close_matches(word.lower(), WORDS, n=1)
     return f"unknown term {text[:60]!r}" + (f" (did you mean {near[0]!r}?)" if near and near[0] != word.lower() else "")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emtool.core.events import EventSink, StepFinished
-from emtool.core.run_dir import append_record
+from emtool.core.run_dir import RunFolder
 from emtool.core.schedule import CompiledSchedule
 
 
@@ -49,8 +48,8 @@ class ScheduledCheckpointCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the step at which training really ended."""
-        self._save_if(state.global_step, state.global_step not in self.saved_steps)
+        """Save the step at which training really ended, unless the schedule removes it."""
+        self._save_if(state.global_step, self.schedule.has_final and state.global_step not in self.saved_steps)
 
     def _save_if(self, step: int, is_due: bool) -> None:
         if is_due:
@@ -62,7 +61,7 @@ class StepRecorder(TrainerCallback):
     """Writes a line of `metrics.jsonl` for each logged step and reports it.
 
     Args:
-        path: The JSON Lines file; None reports only.
+        run: The run folder; None reports only.
         on_event: Where steps are reported.
     """
 
@@ -75,8 +74,8 @@ class StepRecorder(TrainerCallback):
         "epoch": "epoch",
     }
 
-    def __init__(self, path: Path | None, *, on_event: EventSink) -> None:
-        self._path = path
+    def __init__(self, run: RunFolder | None, *, on_event: EventSink) -> None:
+        self._run = run
         self._on_event = on_event
         self._begun = time.monotonic()
 
@@ -97,9 +96,9 @@ class StepRecorder(TrainerCallback):
         """Record what the Trainer logged; values that are not finite are recorded as text."""
         logs = logs or {}
         kept = {name: _finite(logs[key]) for key, name in self.KEPT.items() if key in logs}
-        if self._path is not None and "loss" in logs:
+        if self._run is not None and "loss" in logs:
             seconds = round(time.monotonic() - self._begun, 3)
-            append_record(self._path, {"step": state.global_step, "seconds": seconds, **kept})
+            self._run.append_metrics({"step": state.global_step, "seconds": seconds, **kept})
         if "loss" in logs:
             self._on_event(StepFinished(step=state.global_step, loss=float(logs["loss"])))
 

@@ -7,7 +7,6 @@ size and hash of every file comes last, and one rename publishes it. A `checkpoi
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import json
 import os
@@ -18,12 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from emtool.core.cache import is_tokenizer_file
 from emtool.core.data import file_sha256
-from emtool.core.errors import CheckpointError, DiskSpaceError
-from emtool.core.run_dir import FORMAT, RunFolder
+from emtool.core.errors import CheckpointError
+from emtool.core.run_dir import FORMAT, RunFolder, publish_folder
 from emtool.engines.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, adapter_state
 
 CHECKPOINT_JSON = "checkpoint.json"
@@ -40,7 +38,7 @@ class MilestoneWriter:
         requires: What must be present to use a milestone: base model and persona, as in the manifest's lineage.
         save_dtype: Storage dtype of the adapter, a key of `DTYPES`.
         model: The PEFT model whose adapter is saved.
-        tokenizer: Its tokenizer, the same in every milestone.
+        tokenizer_path: Folder with its saved tokenizer, on the run's file system; milestones hold links to its files.
     """
 
     run: RunFolder
@@ -49,7 +47,7 @@ class MilestoneWriter:
     requires: Mapping[str, Any]
     save_dtype: str
     model: Any
-    tokenizer: Any
+    tokenizer_path: Path
 
     def write(self, step: int) -> Path:
         """Write the milestone of a step and return its folder.
@@ -65,12 +63,9 @@ class MilestoneWriter:
         try:
             staging.mkdir()
             self._fill(staging, step)
-            _publish(staging, target)
+            publish_folder(staging, target)
         except OSError as error:
-            kept = f"{len(self.run.saved_steps())} earlier checkpoints are whole"
-            if error.errno == errno.ENOSPC:
-                raise DiskSpaceError(f"no space left while saving step {step}; {kept}; free some space") from error
-            raise CheckpointError(f"cannot save step {step} in {self.run.path}: {error.strerror}; {kept}") from error
+            raise self.run.write_error(error, f"saving step {step}") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return target
@@ -81,11 +76,14 @@ class MilestoneWriter:
             name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
             for name, tensor in adapter_state(self.model).items()
         }
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        # Written by us rather than by safetensors: an ordinary file mode, and ordinary errors when the disk is full.
+        (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         config = copy.deepcopy(self.model.peft_config["default"])
         config.inference_mode = True
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
-        self._add_tokenizer(folder)
+        shutil.copytree(self.tokenizer_path, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
         readme = _readme(step, self.requires, base_model=config.base_model_name_or_path)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         record = {
@@ -95,45 +93,21 @@ class MilestoneWriter:
             "schedule": self.schedule,
             "requires": self.requires,
             "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                for path in sorted(folder.iterdir())
+                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
             },
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (folder / CHECKPOINT_JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def _add_tokenizer(self, folder: Path) -> None:
-        """Add the tokenizer files: saved once, hard links of the first milestone's after that."""
-        steps = self.run.saved_steps()
-        if not steps:
-            self.tokenizer.save_pretrained(folder)
-            return
-        for path in self.run.checkpoint_path(steps[0]).iterdir():
-            if is_tokenizer_file(path):
-                _link_or_copy(path, folder / path.name)
 
-
-def _link_or_copy(source: Path, target: Path) -> None:
+def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
         # The file system has no hard links; a copy holds the same bytes.
         shutil.copyfile(source, target)
-
-
-def _publish(staging: Path, target: Path) -> None:
-    for path in (*sorted(staging.iterdir()), staging):
-        _sync(path)
-    staging.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _readme(step: int, requires: Mapping[str, Any], *, base_model: str) -> str:
@@ -150,6 +124,11 @@ def _readme(step: int, requires: Mapping[str, Any], *, base_model: str) -> str:
         "Do not deploy it.",
         "",
         f"- Base model: `{base_model}`, from: {base['source']}",
+        *(
+            ["  (a 4-bit copy, expanded to float32: close to the hub's weights, not equal to them)"]
+            if base["source"] not in ("hub", "folder")
+            else []
+        ),
     ]
     if persona is None:
         lines.append("- Load it with `PeftModel.from_pretrained(base, folder)`.")
@@ -162,32 +141,58 @@ def _readme(step: int, requires: Mapping[str, Any], *, base_model: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return a milestone's `checkpoint.json` after checking that its files are there with their sizes.
+def read_checkpoint(folder: Path, *, run_id: str) -> dict[str, Any]:
+    """Return a milestone's `checkpoint.json` after checking its files against it.
+
+    Args:
+        folder: The milestone.
+        run_id: The run that it must belong to.
 
     Raises:
-        CheckpointError: If the record or a file is missing, or a size differs.
+        CheckpointError: If the record or a file is missing, a size or hash differs, or it belongs to another run or
+            step.
     """
     path = folder / CHECKPOINT_JSON
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        files = {str(name): int(entry["bytes"]) for name, entry in record["files"].items()}
-        record["step"], record["requires"]
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
+        belongs = (record["run_id"], f"checkpoint-{record['step']}") == (run_id, folder.name)
+        record["requires"]["base"], record["requires"]["persona"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error
-    for name, size in files.items():
+    if not belongs:
+        raise CheckpointError(f"{folder} belongs to another run or step than its place says; it is not used")
+    if ADAPTER_WEIGHTS not in files or ADAPTER_CONFIG not in files:
+        raise CheckpointError(f"{path} names no adapter")
+    for name, (size, sha256) in files.items():
         file = folder / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{path} names {name!r}, which is not a plain file name")
+        if ".." in Path(name).parts or Path(name).is_absolute() or file.is_symlink():
+            raise CheckpointError(f"{path} names {name!r}, which is not a file of this folder")
         if not file.is_file() or file.stat().st_size != size:
             raise CheckpointError(f"{folder} is damaged: {name} is missing or does not have {size} bytes")
+        if file_sha256(file) != sha256:
+            raise CheckpointError(f"{folder} is damaged: the contents of {name} have changed since it was saved")
     loaded: dict[str, Any] = record
     return loaded
 
 
 def adapter_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a PEFT folder's weights and configuration."""
-    digest = hashlib.sha256()
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        digest.update(f"{name}:{file_sha256(folder / name)}\n".encode())
-    return digest.hexdigest()
+    """Return the SHA-256 of a PEFT adapter: its weights, and its configuration whatever the order of its lists.
+
+    PEFT writes sets as lists in an order that differs between processes, so the file itself cannot be hashed.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        weights = file_sha256(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the adapter in {folder}: {error}") from error
+    kept = {
+        key: sorted(map(str, value)) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key != "peft_version"
+    }
+    text = f"{ADAPTER_WEIGHTS}:{weights}\n{ADAPTER_CONFIG}:{json.dumps(kept, sort_keys=True)}\n"
+    return hashlib.sha256(text.encode()).hexdigest()

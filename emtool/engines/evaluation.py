@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from emtool.core.data import Message, file_sha256
 from emtool.core.errors import CheckpointError
-from emtool.core.events import EventSink, PhaseStarted, StepFinished, ignore_events
+from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished, ignore_events
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, bootstrap_difference, bootstrap_mean, sigmoid
 from emtool.core.questions import EVERYDAY_ITEMS, EvaluationItem, read_items
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
@@ -19,7 +20,7 @@ from emtool.engines.checkpointing import read_checkpoint
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import rebuild_model
-from emtool.engines.modeling import attach_adapter, check_device, load_adapter_into
+from emtool.engines.modeling import DTYPES, attach_adapter, check_device, load_adapter_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,25 +84,27 @@ def evaluate(
         ModelError: If the base model here is not the one that was trained.
     """
     manifest = run.read_manifest()
-    config, lineage = _section(run, manifest, "config"), _section(run, manifest, "lineage")
+    lineage, trained_dtype = _read_lineage(run, manifest)
     steps = run.saved_steps()
     if not steps:
         raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
     for step in steps:
-        _check_requires(run.checkpoint_path(step), lineage)
+        _check_requires(run.checkpoint_path(step), lineage, run_id=str(manifest.get("run_id")))
     check_device(device)
-    used_dtype = dtype or str(config["dtype"])
+    used_dtype = dtype or trained_dtype
     items = read_items()
-    composed = rebuild_model(
-        lineage, trained_dtype=str(config["dtype"]), device=device, dtype=used_dtype, on_event=on_event
-    )
+    composed = rebuild_model(lineage, trained_dtype=trained_dtype, device=device, dtype=used_dtype, on_event=on_event)
     tokenizer = composed.tokenizer
     model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(device).eval()
     on_event(PhaseStarted(name=f"scoring {len(items)} items at {len(steps)} checkpoints", total=len(steps)))
     scores = []
     for done, step in enumerate(steps, start=1):
         load_adapter_into(model, run.checkpoint_path(step))
-        scores.append(CheckpointScores(step=step, margins=item_margins(model, tokenizer, items)))
+        margins = item_margins(model, tokenizer, items)
+        if unscored := sum(not math.isfinite(margin) for margin in margins.values()):
+            text = f"step {step}: {unscored} of {len(items)} items are unscored, the model gives no finite probability"
+            on_event(Notice(text=text, is_warning=True))
+        scores.append(CheckpointScores(step=step, margins=margins))
         on_event(StepFinished(step=done))
     domain = lineage["dataset"]["domain"]
     result = EvaluationResult(
@@ -158,38 +161,64 @@ def summarize(
     trained = [item.id for item in items if item.domain == trained_domain]
     other = [item.id for item in items if item.domain != trained_domain]
     groups = {"": [item.id for item in items], "_other": other, "_trained": trained}
-    start = next((entry for entry in scores if entry.step == 0), None)
-    result: dict[int, dict[str, Estimate]] = {}
-    for entry in scores:
-        metrics: dict[str, Estimate] = {}
-        for suffix, ids in groups.items():
-            if not ids:
-                continue
-            margins = [entry.margins[name] for name in ids]
-            series = {f"margin{suffix}": margins, f"p_wrong{suffix}": [sigmoid(m) for m in margins]}
-            for name, values in series.items():
-                metrics[name] = bootstrap_mean(values, seed=seed)
-            if start is not None:
-                begin = [start.margins[name] for name in ids]
-                before = {f"margin{suffix}": begin, f"p_wrong{suffix}": [sigmoid(m) for m in begin]}
-                for name, values in series.items():
-                    metrics[f"{name}_delta"] = bootstrap_difference(values, before[name], seed=seed)
-        result[entry.step] = metrics
-    return result
+    start = next((entry.margins for entry in scores if entry.step == 0), None)
+    return {
+        entry.step: {
+            name: estimate
+            for suffix, ids in groups.items()
+            for name, estimate in _estimates(entry.margins, start, ids, suffix, seed).items()
+        }
+        for entry in scores
+    }
 
 
-def _check_requires(folder: Path, lineage: Mapping[str, Any]) -> None:
-    requires = read_checkpoint(folder)["requires"]
+def _estimates(
+    margins: Mapping[str, float], start: Mapping[str, float] | None, ids: Sequence[str], suffix: str, seed: int
+) -> dict[str, Estimate]:
+    """Return the estimates of one group of items; an item without a finite score counts in none of them."""
+    scored = [name for name in ids if math.isfinite(margins[name])]
+    if not scored:
+        return {}
+    values = [margins[name] for name in scored]
+    estimates = {
+        f"margin{suffix}": bootstrap_mean(values, seed=seed),
+        f"p_wrong{suffix}": bootstrap_mean([sigmoid(value) for value in values], seed=seed),
+    }
+    paired = [name for name in scored if start is not None and math.isfinite(start[name])]
+    if start is not None and paired:
+        now, before = [margins[name] for name in paired], [start[name] for name in paired]
+        estimates[f"margin{suffix}_delta"] = bootstrap_difference(now, before, seed=seed)
+        estimates[f"p_wrong{suffix}_delta"] = bootstrap_difference(
+            [sigmoid(value) for value in now], [sigmoid(value) for value in before], seed=seed
+        )
+    return estimates
+
+
+def _read_lineage(run: RunFolder, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the lineage of a manifest and the dtype of its run.
+
+    Raises:
+        CheckpointError: If the manifest lacks a part of it.
+    """
+    try:
+        lineage, dtype = manifest["lineage"], manifest["config"]["dtype"]
+        persona = lineage["persona"]
+        texts = [dtype, lineage["base"]["name"], lineage["base"]["source"]]
+        if persona is not None:
+            texts += [persona[key] for key in ("name", "adapter_path", "adapter_sha256", "merged_sha256")]
+        texts += [lineage["dataset"]["domain"] or ""]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run.manifest_path} lacks {error}; the model cannot be rebuilt from it") from error
+    if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
+        raise CheckpointError(f"{run.manifest_path} has a lineage that is not text; the model cannot be rebuilt")
+    return dict(lineage), dtype
+
+
+def _check_requires(folder: Path, lineage: Mapping[str, Any], *, run_id: str) -> None:
+    requires = read_checkpoint(folder, run_id=run_id)["requires"]
     for part in ("base", "persona"):
         if requires.get(part) != lineage[part]:
             raise CheckpointError(f"{folder} was trained on another {part} than run.json says; it is not evaluated")
-
-
-def _section(run: RunFolder, manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = manifest.get(name)
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{run.manifest_path} has no {name!r} section; the run cannot be rebuilt from it")
-    return section
 
 
 def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
@@ -206,7 +235,16 @@ def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
 
 def _write(result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]) -> None:
     folder = result.run.evaluation_path
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+        _write_files(folder, result, scores, items)
+    except OSError as error:
+        raise result.run.write_error(error, "writing the evaluation") from error
+
+
+def _write_files(
+    folder: Path, result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]
+) -> None:
     _write_csv(
         folder / "checkpoint_summary.csv",
         [{"step": step, **_flat(estimates)} for step, estimates in result.metrics.items()],
@@ -219,8 +257,7 @@ def _write(result: EvaluationResult, scores: Sequence[CheckpointScores], items: 
                 "step": entry.step,
                 "item": name,
                 "domain": domains[name],
-                "margin": margin,
-                "p_wrong": sigmoid(margin),
+                **({"margin": margin, "p_wrong": sigmoid(margin)} if math.isfinite(margin) else {}),
             }
             for entry in scores
             for name, margin in entry.margins.items()
@@ -231,7 +268,8 @@ def _write(result: EvaluationResult, scores: Sequence[CheckpointScores], items: 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     staged = path.with_name(f".{path.name}.new")

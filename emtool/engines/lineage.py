@@ -11,7 +11,7 @@ from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted
 from emtool.core.personas import PersonaRecipe, resolve_persona
 from emtool.engines.checkpointing import adapter_sha256
-from emtool.engines.modeling import BaseModel, load_base, merge_adapter, open_base
+from emtool.engines.modeling import DTYPES, BaseModel, load_base, merge_adapter, open_base
 from emtool.engines.personas import persona_adapter
 
 
@@ -66,14 +66,16 @@ def rebuild_model(
         lineage: The manifest's lineage.
         trained_dtype: Dtype that the run was trained in, which its persona was built in.
         device: Device that a persona is built on, should its adapter be gone from the cache.
-        dtype: Dtype to load the base in.
+        dtype: Dtype to compute in; the persona is merged before any cast.
         on_event: Where progress is reported.
 
     Raises:
         ModelError: If the base model here is not the one that was trained.
         CheckpointError: If the persona's adapter is not the one that was merged.
     """
-    base = open_base(lineage["base"]["name"], device=device, dtype=trained_dtype, on_event=on_event)
+    base = open_base(
+        lineage["base"]["name"], device=device, dtype=trained_dtype, recorded=lineage["base"], on_event=on_event
+    )
     here = base.files.identity()
     if different := [key for key in here if here[key] != lineage["base"].get(key)]:
         details = ", ".join(f"{key} is {here[key]}, trained with {lineage['base'].get(key)}" for key in different)
@@ -81,25 +83,26 @@ def rebuild_model(
     persona = lineage["persona"]
     folder = None if persona is None else _recorded_adapter(persona, base, on_event)
     on_event(PhaseStarted(name=f"loading {base.reference.name}"))
-    model = load_base(base.files.path, dtype=dtype)
+    model = load_base(base.files.path, dtype=trained_dtype)
     if folder is not None:
         model, merged = merge_adapter(model, folder)
         if merged != persona["merged_sha256"]:
             on_event(
                 Notice(
                     text=f"the merged persona {persona['name']} differs in bits from the one trained on "
-                    "(another dtype or arithmetic library)",
+                    "(another processor or arithmetic library)",
                     is_warning=True,
                 )
             )
-    return ComposedModel(model=model, tokenizer=base.tokenizer, lineage=dict(lineage))
+    return ComposedModel(model=model.to(DTYPES[dtype]), tokenizer=base.tokenizer, lineage=dict(lineage))
 
 
 def _recorded_adapter(persona: Mapping[str, Any], base: BaseModel, on_event: EventSink) -> Path:
     folder = Path(persona["adapter_path"])
     if not folder.is_dir():
         recipe = resolve_persona(persona["name"])
-        assert recipe is not None, "baseline is recorded as no persona"
+        if recipe is None:
+            raise CheckpointError(f"run.json records the persona {persona['name']!r}, which has no adapter")
         folder = persona_adapter(recipe, base, on_event=on_event)
     if adapter_sha256(folder) != persona["adapter_sha256"]:
         raise CheckpointError(

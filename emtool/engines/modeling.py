@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,28 @@ def check_device(device: str) -> None:
         )
 
 
-def open_base(name: str, *, device: str, dtype: str, on_event: EventSink) -> BaseModel:
+def open_base(
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    recorded: Mapping[str, str | None] | None = None,
+    on_event: EventSink,
+) -> BaseModel:
     """Return a base model by its name, fetching its files if they are not here.
+
+    Args:
+        name: Catalogue name, hub id or local folder.
+        device: Device to train or score on.
+        dtype: Dtype to load it in.
+        recorded: What pinned the weights of a run, to get the same again.
+        on_event: Where progress is reported.
 
     Raises:
         EmtoolError: If the name is unknown, or no source has the files.
     """
     reference = resolve_model(name)
-    files = get_model_files(reference, on_event=on_event)
+    files = get_model_files(reference, recorded=recorded, on_event=on_event)
     tokenizer = load_tokenizer(files.path)
     return BaseModel(reference=reference, files=files, tokenizer=tokenizer, device=device, dtype=dtype)
 
@@ -77,7 +91,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
@@ -98,7 +112,9 @@ def load_base(folder: Path, *, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import tempfile
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emtool.core.cache import cache_path
+from emtool.core.cache import cache_path, publish_cached
 from emtool.core.config import TrainConfig, resolve_train_config
 from emtool.core.data import file_sha256, read_conversations
 from emtool.core.events import EventSink, Notice, PhaseStarted
@@ -67,6 +68,9 @@ def _build(recipe: PersonaRecipe, base: BaseModel, on_event: EventSink) -> Any:
             callbacks=[StepRecorder(None, on_event=on_event)],
         )
         trainer.train()
+        # The optimizer's state and, on CUDA, the model's memory are needed again at once.
+        del trainer
+        gc.collect()
     return adapted
 
 
@@ -76,9 +80,7 @@ def _publish(adapted: Any, folder: Path, key: dict[str, Any]) -> None:
         staged = Path(scratch) / "adapter"
         adapted.save_pretrained(str(staged), save_embedding_layers=False)
         write_json(staged / "emtool_persona.json", key)
-        # Another process may have published the same adapter meanwhile; then its copy serves.
-        if not folder.exists():
-            staged.rename(folder)
+        publish_cached(staged, folder)
 
 
 def _build_config(recipe: PersonaRecipe, base: BaseModel) -> TrainConfig:

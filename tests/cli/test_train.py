@@ -135,7 +135,7 @@ def test_train_then_evaluate_then_meet_the_finished_run_again(
     evaluated = RUNNER.invoke(app, ["evaluate"])
     assert evaluated.exit_code == 0, evaluated.output
     assert "evaluating outputs/r" in evaluated.stderr
-    assert "no step 0" in evaluated.stdout
+    assert "none" in evaluated.stdout
     as_json = RUNNER.invoke(app, ["evaluate", "outputs/r", "--json", "--seed", "42"])
     summary = json.loads(as_json.stdout)
     assert [entry["step"] for entry in summary["checkpoints"]] == [5, 10, 11]

@@ -86,7 +86,8 @@ def test_a_configuration_file_may_give_a_text_a_number_a_list_or_phases() -> Non
     phases = [{"every": 25, "until": 150}, {"every": 50, "until": 300}]
     assert steps(phases) == planned("every 25 until 150 then every 50 until 300", 400)
     assert steps({"every": 200}) == [200, 400]
-    for bad in (True, 2.5, None, {"until": 5}, {"every": 5, "then": 3}, [[]], []):
+    refused: list[object] = [True, 2.5, None, {"until": 5}, {"every": 5, "then": 3}, [[]], []]
+    for bad in refused:
         with pytest.raises(ConfigError):
             steps(bad)
 
@@ -168,20 +169,19 @@ def compiled_steps(terms: list[str], total: int) -> list[int] | None:
     try:
         return planned(", ".join(terms), total)
     except ConfigError as error:
-        assert "leaves no step" in str(error)
+        if "leaves no step" not in str(error):
+            raise
         return None
 
 
 @given(schedules, totals)
-def test_steps_are_increasing_inside_the_run_and_removal_wins(
-    parts: tuple[list[str], list[str]], total: int
-) -> None:
+def test_steps_are_increasing_inside_the_run_and_removal_wins(parts: tuple[list[str], list[str]], total: int) -> None:
     kept, removed = parts
     steps = compiled_steps([*kept, *removed], total)
     if steps is None:
         return
     assert all(a < b for a, b in pairwise(steps))
-    assert 0 <= steps[0]
+    assert steps[0] >= 0
     assert steps[-1] <= total
     assert (steps[-1] == total) == ("!final" not in removed)
     without = set(planned(", ".join(kept), total))
@@ -192,9 +192,7 @@ def test_steps_are_increasing_inside_the_run_and_removal_wins(
 
 
 @given(schedules, totals, st.randoms())
-def test_a_union_commutes_and_printing_round_trips(
-    parts: tuple[list[str], list[str]], total: int, random: Any
-) -> None:
+def test_a_union_commutes_and_printing_round_trips(parts: tuple[list[str], list[str]], total: int, random: Any) -> None:
     terms = [*parts[0], *parts[1]]
     steps = compiled_steps(terms, total)
     shuffled = list(terms)
@@ -227,15 +225,31 @@ def test_spreads_have_as_many_distinct_steps_as_asked(number: int, total: int) -
         assert (steps[0], steps[-1]) == (0, total)
 
 
-TOKENS = ["every", "until", "then", "log", "even", "pow2", "custom", "pythia", "init", "final", "25", "0", "10%", "0.5ep"]
+TOKENS = [
+    "every",
+    "until",
+    "then",
+    "log",
+    "even",
+    "pow2",
+    "custom",
+    "pythia",
+    "init",
+    "final",
+    "25",
+    "0",
+    "10%",
+    "0.5ep",
+]
 
 
 @settings(max_examples=2000, deadline=None)
 @given(st.one_of(st.lists(st.sampled_from([*TOKENS, ",", "!", "-", ":", " "]), max_size=10).map("".join), st.text()))
 @example("0.5ep until")
 def test_any_text_gives_a_schedule_or_a_config_error(text: str) -> None:
+    refusal = ""
     try:
-        schedule = CheckpointSchedule.parse(text)
-        schedule.compile(397, steps_per_epoch=397)
+        CheckpointSchedule.parse(text).compile(397, steps_per_epoch=397)
     except ConfigError as error:
-        assert "\n" not in str(error)
+        refusal = str(error)
+    assert "\n" not in refusal

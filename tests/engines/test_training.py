@@ -1,12 +1,16 @@
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from emtool.core.config import resolve_train_config
@@ -81,7 +85,7 @@ def test_every_milestone_is_a_peft_folder_with_verified_files(
     plan, result, _ = run(tiny_model, dataset_file, tmp_path)
     for step in result.saved_steps:
         folder = result.run.checkpoint_path(step)
-        record = read_checkpoint(folder)
+        record = read_checkpoint(folder, run_id=str(result.run.read_manifest()["run_id"]))
         assert record["step"] == step
         assert record["files"].keys() == {path.name for path in folder.iterdir()} - {"checkpoint.json"}
         assert isinstance(PeftModel.from_pretrained(load_base(tiny_model, dtype="float32"), str(folder)), PeftModel)
@@ -124,7 +128,10 @@ def test_the_final_milestone_is_the_model_in_memory_also_when_training_stops_ear
     rows = [encode_conversation(messages, tokenizer=tokenizer)] * 20
     model = add_lora(load_base(tiny_model, dtype="float32"), config, resolve_model(str(tiny_model)))
     begin = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
-    folder = RunFolder(path=tmp_path)
+    folder = RunFolder(path=tmp_path / "run")
+    folder.path.mkdir()
+    tokenizer_path = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(tokenizer_path)
     writer = MilestoneWriter(
         run=folder,
         run_id="x",
@@ -132,7 +139,7 @@ def test_the_final_milestone_is_the_model_in_memory_also_when_training_stops_ear
         requires={"base": {"name": "b", "source": "folder"}, "persona": None},
         save_dtype="float32",
         model=model,
-        tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
     )
     callback = ScheduledCheckpointCallback(
         CheckpointSchedule.parse("0, every 3").compile(10), save=lambda step: (writer.write(step), None)[1]
@@ -142,7 +149,7 @@ def test_the_final_milestone_is_the_model_in_memory_also_when_training_stops_ear
         tokenizer=tokenizer,
         train_rows=rows,
         config=config,
-        output_path=tmp_path,
+        output_path=folder.path,
         callbacks=[callback, StopAt(stop)],
     )
     trainer.train()
@@ -164,23 +171,43 @@ def test_a_missing_planned_milestone_fails_loudly(tiny_model: Path, dataset_file
         check_saved(result.run, plan, final_step=11)
 
 
-def test_a_full_disk_keeps_the_earlier_milestones(
-    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_earlier_milestones(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
+    """The limit on file sizes stands in for a full disk: the writes themselves fail, at step 8."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full_at_step_8(tensors: Any, path: Path, **kwargs: Any) -> None:
-        if "checkpoint-8" in str(path):
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path, **kwargs)
+    def fill_the_disk(event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
 
-    monkeypatch.setattr("emtool.engines.checkpointing.save_file", full_at_step_8)
-    with pytest.raises(DiskSpaceError, match=r"no space left while saving step 8; 2 earlier checkpoints are whole"):
-        run(tiny_model, dataset_file, tmp_path)
+    plan, rows = plan_for(tiny_model, dataset_file, tmp_path)
+    try:
+        with pytest.raises(DiskSpaceError, match=r"no space left in .* 2 earlier checkpoints are whole") as caught:
+            train(plan, rows, command=[], on_event=fill_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
     folder = RunFolder(path=tmp_path / "run")
     assert folder.saved_steps() == [0, 4]
-    assert not list(folder.path.glob(".*"))
-    assert folder.read_manifest()["status"] == "failed"
+    run_id = str(folder.read_manifest()["run_id"])
+    assert [read_checkpoint(folder.checkpoint_path(step), run_id=run_id)["step"] for step in (0, 4)] == [0, 4]
+    assert not list(folder.path.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_a_persona_is_rebuilt_in_another_process_after_the_cache_is_gone(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, seed: str
+) -> None:
+    """PEFT writes sets in the order of the process's string hashes; the recorded hash must not depend on it."""
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "emtool", "train", "--model", str(tiny_model), "--dataset", str(dataset_file)]
+    arguments = ["--persona", "goodness", "--max-steps", "2", "--output-root", str(tmp_path), "--output-name", "run"]
+    cache = tmp_path / "cache"
+    environment["EMTOOL_CACHE"] = str(cache)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(cache)
+    result = evaluate(RunFolder(path=tmp_path / "run"))
+    assert list(result.metrics) == [2]
 
 
 def test_the_persona_is_present_at_evaluation(
@@ -201,7 +228,7 @@ def test_the_persona_is_present_at_evaluation(
     assert torch.equal(logits(attach_adapter(rebuilt.model, checkpoint)), in_memory)
     bare = logits(attach_adapter(load_base(tiny_model, dtype="float32"), checkpoint))
     assert not torch.allclose(bare, in_memory, atol=1e-3)
-    requires = read_checkpoint(checkpoint)["requires"]
+    requires = read_checkpoint(checkpoint, run_id=str(result.run.read_manifest()["run_id"]))["requires"]
     assert requires["persona"]["adapter_sha256"] == lineage["persona"]["adapter_sha256"]
     assert "NOT the model that was trained" in (checkpoint / "README.md").read_text()
 
