@@ -65,10 +65,11 @@ def run(dataset: str, seed: int, root: Path, max_steps: int | None) -> Scores:
     """Return p_wrong by step and item of the other domains, training and evaluating first where needed."""
     name = f"{dataset}_seed{seed}"
     path = root / name / "evaluation" / "item_scores.csv"
+    limit = [] if max_steps is None else ["--max-steps", str(max_steps)]
+    # A run that is complete is recognised; one of another length or configuration is refused.
+    emtool("train", "--profile", "demo", "--dataset", dataset, "--seed", str(seed), "--custom-checkpoints",
+           "--output-root", str(root), "--output-name", name, *limit)  # fmt: skip
     if not path.exists():
-        limit = [] if max_steps is None else ["--max-steps", str(max_steps)]
-        emtool("train", "--profile", "demo", "--dataset", dataset, "--seed", str(seed), "--custom-checkpoints",
-               "--output-root", str(root), "--output-name", name, *limit)  # fmt: skip
         emtool("evaluate", str(root / name))
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["domain"] != "gardening"]

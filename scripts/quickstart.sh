@@ -10,6 +10,11 @@ cd "$(dirname "$0")/.."
 run=outputs/smollm2_gardening_goodness_custom
 echo "emtool quickstart: installation (2 minutes), then base model, persona, training and evaluation (9 minutes)."
 setup_env runtime
+if [ -f "$run/run.json" ] && ! grep -q '"status": "completed"' "$run/run.json"; then
+    aside="${run}_unfinished_$(date +%Y%m%d-%H%M%S)"
+    say "an earlier run did not finish: moving it to $aside"
+    mv "$run" "$aside"
+fi
 begun=$SECONDS
 say "training: 397 steps, ten checkpoints (6 minutes; the base model and the persona come first, once)"
 .venv/bin/emtool train --profile demo --persona goodness --custom-checkpoints

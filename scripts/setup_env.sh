@@ -7,8 +7,7 @@
 say() { printf '\n==> %s\n' "$*"; }
 
 setup_env() {
-    local kind=$1 python=${PYTHON:-python3} extras="" stamp=.venv/.emtool-$1 wanted
-    [ "$kind" = dev ] && extras="[dev]"
+    local kind=$1 python=${PYTHON:-python3} extras="" gpu="" stamp=.venv/.emtool-$1 wanted
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "Python 3.11 or newer is needed; $python is $("$python" --version 2>&1). Set PYTHON to another one." >&2
         return 1
@@ -24,7 +23,7 @@ setup_env() {
     if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         local torch="torch==2.13.0"
         if .venv/bin/python -c 'import sys; sys.path.insert(0, "."); from emtool.core.hardware import cuda_device_count; sys.exit(not cuda_device_count())'; then
-            torch="torch>=2.6"
+            torch="torch>=2.6" gpu=yes
             say "installing torch for CUDA: a download of several GB"
         else
             say "installing torch 2.13.0: 190 MB where the index has the CPU build, about half a minute"
@@ -32,7 +31,9 @@ setup_env() {
         fi
         $pip ${EMTOOL_TORCH_INDEX:+--index-url "$EMTOOL_TORCH_INDEX"} "$torch"
     fi
-    say "installing emtool and its other packages: about 200 MB, one minute"
-    $pip --editable ".$extras"
+    say "installing emtool and its other packages: about 130 MB, one minute"
+    [ "$kind" = dev ] && extras=dev
+    [ -n "$gpu" ] && extras="${extras:+$extras,}cuda"
+    $pip --editable ".${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
 }

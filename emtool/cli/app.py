@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -12,9 +11,10 @@ from typer.core import TyperGroup
 
 from emtool import __version__
 from emtool.cli.evaluate import evaluate
-from emtool.cli.output import talk
+from emtool.cli.output import one_line, talk
 from emtool.cli.train import train
 from emtool.core.errors import EmtoolError, Interrupted, PointedError
+from emtool.core.interrupts import interruptible
 
 
 class BoundaryGroup(TyperGroup):
@@ -24,7 +24,8 @@ class BoundaryGroup(TyperGroup):
         """Run the command line and exit with its code."""
         kwargs["standalone_mode"] = False
         try:
-            result = super().main(*args, **kwargs)
+            with interruptible():
+                result = super().main(*args, **kwargs)
         except PointedError as error:
             _fail(str(error), error.exit_code, below=error.pointer)
         except EmtoolError as error:
@@ -32,17 +33,15 @@ class BoundaryGroup(TyperGroup):
         except Interrupted as stop:
             _fail("interrupted" + (f"; {stop.detail}" if stop.detail else ""), stop.exit_code)
         except typer.TyperException as error:
-            _fail(f"{error.format_message()} Run with --help to see what is allowed.", error.exit_code)
+            problem = error.format_message().rstrip(".")
+            _fail(f"{problem}. Run with --help to see what is allowed.", error.exit_code)
         except typer.Abort:
             _fail("aborted", 1)
-        if result == 128 + signal.SIGINT:
-            _fail("interrupted", result)
         sys.exit(result if isinstance(result, int) else 0)
 
 
 def _fail(message: str, exit_code: int, *, below: str = "") -> None:
-    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-    talk().print(f"[bold red]emtool:[/] {escape(line)}", soft_wrap=True)
+    talk().print(f"[bold red]emtool:[/] {escape(one_line(message))}", soft_wrap=True)
     if below:
         talk().print(escape(below), soft_wrap=True)
     sys.exit(exit_code)

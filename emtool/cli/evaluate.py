@@ -32,9 +32,8 @@ def evaluate(
     used_device = select_device(device)
     quiet_libraries()
     from emtool.engines.evaluation import evaluate as evaluate_run
-    from emtool.engines.recording import interruptible
 
-    with interruptible(), progress() as on_event:
+    with progress() as on_event:
         result = evaluate_run(
             run,
             seed=seed,

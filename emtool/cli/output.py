@@ -24,6 +24,11 @@ def talk() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def one_line(text: str) -> str:
+    """Return a text as one line without control characters: names and messages may come from anywhere."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def print_json(value: object) -> None:
     """Write one JSON document to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -60,7 +65,7 @@ class _Drawer:
     def __call__(self, event: Event) -> None:
         match event:
             case PhaseStarted(name=name, total=total):
-                self._console.print(f"[dim]{escape(name)}[/]", soft_wrap=True)
+                self._console.print(f"[dim]{escape(one_line(name))}[/]", soft_wrap=True)
                 label = name.split(" ", 1)[0]
                 self._bar.reset(self._task, total=total, visible=total is not None, description=label, detail="")
             case StepFinished(step=step, loss=loss):
@@ -70,7 +75,7 @@ class _Drawer:
             case Notice(text=text, is_warning=is_warning):
                 style = "yellow" if is_warning else "dim"
                 prefix = "warning: " if is_warning else ""
-                self._console.print(f"[{style}]{prefix}{escape(text)}[/]", soft_wrap=True)
+                self._console.print(f"[{style}]{prefix}{escape(one_line(text))}[/]", soft_wrap=True)
 
     def _detail(self, step: int, loss: float | None) -> str:
         if loss is None:

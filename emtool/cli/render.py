@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from emtool.cli.output import one_line
 from emtool.core.disk import folder_bytes, format_bytes
 from emtool.core.personas import BASELINE
 from emtool.core.plan import RunPlan
@@ -24,8 +26,13 @@ _BLOCKS = " ▏▎▍▌▋▊▉█"
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 
-def plan_view(plan: RunPlan) -> RenderableType:
-    """Return the plan: what will be trained, which steps will be saved, what that costs."""
+def plan_view(plan: RunPlan, *, obstacle: str | None = None) -> RenderableType:
+    """Return the plan: what will be trained, which steps will be saved, what that costs.
+
+    Args:
+        plan: The plan.
+        obstacle: Why the run cannot start on this machine, if it cannot.
+    """
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -37,7 +44,7 @@ def plan_view(plan: RunPlan) -> RenderableType:
     rows = list(_plan_rows(plan))
     for row in shorten(rows):
         steps.add_row(*row)
-    notes = [Text(note, style="yellow") for note in _plan_notes(plan)]
+    notes = [Text(note, style="yellow") for note in _plan_notes(plan, obstacle)]
     return Group(facts, "", steps, *notes)
 
 
@@ -78,10 +85,14 @@ def _plan_rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
             yield f"{step:,}", share, format_bytes(plan.checkpoint_bytes), format_bytes(so_far)
 
 
-def _plan_notes(plan: RunPlan) -> Iterator[str]:
+def _plan_notes(plan: RunPlan, obstacle: str | None) -> Iterator[str]:
     if skipped := plan.schedule.skipped_steps:
         named = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
         yield f"left out, past the last step: {named} ({len(skipped)} in all)"
+    if plan.total_steps <= plan.config.warmup_steps:
+        yield f"{plan.total_steps} step(s) with a warm-up of {plan.config.warmup_steps}: the learning rate stays low"
+    if obstacle is not None:
+        yield f"cannot start here: {obstacle}"
     if plan.schedule.source == "custom":
         yield "the custom schedule has no step 75; it is followed as documented"
 
@@ -111,7 +122,7 @@ def evaluation_view(result: EvaluationResult) -> RenderableType:
     table.add_column("0 to 1", no_wrap=True)
     table.add_column("change from step 0", no_wrap=True)
     if has_trained:
-        table.add_column(f"p_wrong, {domain}", no_wrap=True)
+        table.add_column(escape(one_line(f"p_wrong, {domain}")), no_wrap=True)
     for step, metrics in result.metrics.items():
         other = metrics.get("p_wrong_other")
         shown = bar(other.value, 10) if other is not None else ""
@@ -139,10 +150,9 @@ def bar(value: float, width: int) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return a series as one character a value, from its lowest to its highest."""
-    low, high = min(values), max(values)
-    if high == low:
-        return _SPARKS[0] * len(values)
+    """Return a series as one character a value, from its lowest to its highest, over a span of at least 0.05."""
+    low = min(values)
+    high = max(*values, low + 0.05)
     return "".join(_SPARKS[round((value - low) / (high - low) * (len(_SPARKS) - 1))] for value in values)
 
 

@@ -12,7 +12,7 @@ import typer
 from emtool.cli.options import Device, Dtype, OutputRoot
 from emtool.cli.output import data, print_json, progress, quiet_libraries, talk
 from emtool.cli.render import plan_view, saved_table
-from emtool.core.config import PROFILE_NAMES, TrainConfig, check_can_start, resolve_train_config
+from emtool.core.config import PROFILE_NAMES, TrainConfig, cannot_start, check_can_start, resolve_train_config
 from emtool.core.data import DATASETS, Conversation
 from emtool.core.errors import ConfigError, DataError, DiskSpaceError
 from emtool.core.hardware import cuda_device_count, parse_device, select_device
@@ -126,9 +126,10 @@ def train(
     if as_json:
         print_json(plan.to_dict())
         return
-    data().print(plan_view(plan))
     if dry_run:
+        data().print(plan_view(plan, obstacle=cannot_start(config, num_cuda_devices=num_cuda_devices)))
         return
+    data().print(plan_view(plan))
     check_can_start(config, num_cuda_devices=num_cuda_devices)
     if (finished := finished_run(plan)) is None:
         select_device(device)
@@ -186,6 +187,6 @@ def _start(plan: RunPlan, rows: Sequence[Conversation]) -> None:
     data().print(saved_table(result.run))
     held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.3f}"
     _say(
-        f"trained {plan.total_steps} steps in {result.seconds:.0f} s, last loss {result.final_loss:.3f}{held_out}\n"
+        f"trained {plan.total_steps} step(s) in {result.seconds:.0f} s, last loss {result.final_loss:.3f}{held_out}\n"
         f"evaluate it with: emtool evaluate {result.run.path}"
     )

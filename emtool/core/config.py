@@ -15,7 +15,7 @@ from pathlib import Path
 
 from emtool.core.architecture import ALL_LINEAR
 from emtool.core.disk import DTYPE_BYTES
-from emtool.core.errors import BackendError, ConfigError, MissingDependencyError, unknown_name
+from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDependencyError, unknown_name
 
 #: The published setting of Turner et al. 2025 (arXiv 2506.11613), appendix on training details.
 PAPER: Mapping[str, object] = {
@@ -119,7 +119,7 @@ class TrainConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite")
         for name in ("warmup_steps", "weight_decay", "seed"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -128,7 +128,8 @@ class TrainConfig:
             raise ConfigError(f"--seed is {self.seed}; it must be at most {MAX_SEED}")
         for name in ("held_out_fraction", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} is {getattr(self, name)}; it must be at least 0 and below 1")
 
     def to_dict(self) -> dict[str, object]:
         """Return the configuration as JSON values, for the manifest."""
@@ -206,6 +207,15 @@ def check_can_start(config: TrainConfig, *, num_cuda_devices: int) -> None:
             f"optimizer {config.optim!r} needs the package bitsandbytes: pip install 'emtool[cuda]', "
             "or use --optim adamw_torch"
         )
+
+
+def cannot_start(config: TrainConfig, *, num_cuda_devices: int) -> str | None:
+    """Return why this machine cannot do a run, or None if it can."""
+    try:
+        check_can_start(config, num_cuda_devices=num_cuda_devices)
+    except EmtoolError as error:
+        return str(error)
+    return None
 
 
 def _check_choice(kind: str, value: str, choices: object) -> None:

@@ -110,7 +110,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, object], str]]:
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line.decode("utf-8"))
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{location}: not a line of JSON in UTF-8: {error}") from error
                 if not isinstance(record, dict):
@@ -129,7 +129,8 @@ def file_sha256(path: Path) -> str:
 def _conversation(record: dict[str, object], location: str) -> Conversation:
     raw = record.get("messages")
     if not isinstance(raw, list) or not raw:
-        raise DataError(f"{location}: no 'messages' list; found the keys {sorted(record)}")
+        keys = ", ".join(sorted(record)[:5])[:100]
+        raise DataError(f"{location}: 'messages' must be a list that is not empty; the row has the keys: {keys}")
     messages = tuple(_message(item, f"{location}: message {index}") for index, item in enumerate(raw, start=1))
     turns = messages[1:] if messages[0].role == "system" else messages
     for index, turn in enumerate(turns):
@@ -146,7 +147,7 @@ def _message(item: object, where: str) -> Message:
         raise DataError(f"{where}: an object with 'role' and 'content' is needed, found {type(item).__name__}")
     role, content = item.get("role"), item.get("content")
     if role not in ROLES:
-        raise DataError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+        raise DataError(f"{where}: role {str(role)[:40]!r} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"{where}: 'content' must be a text that is not empty")
     if any("\ud800" <= character <= "\udfff" for character in content):

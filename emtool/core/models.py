@@ -94,7 +94,7 @@ def resolve_model(name: str) -> ModelReference:
     if facts := MODELS.get(name) or next((f for f in MODELS.values() if f.hub_id == name), None):
         return ModelReference(name=facts.name, slug=facts.slug, facts=facts, config=facts.config)
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         resolved = path.resolve()
         return ModelReference(
             name=str(resolved), slug=slugify(resolved.name), path=resolved, config=read_config(resolved)

@@ -163,7 +163,7 @@ def finished_run(plan: RunPlan) -> RunFolder | None:
     if manifest.get("status") != "completed":
         raise CheckpointError(
             f"{run.path} holds this run, {manifest.get('status')} with {len(run.saved_steps())} checkpoints; "
-            f"remove the folder to train it anew, or {instead}"
+            f"if no process is training it, remove the folder to train it anew, or {instead}"
         )
     return run
 

@@ -14,7 +14,7 @@ from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
 
 FORMAT = 1
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} is not a run folder (no run.json); give the folder that 'emtool train' wrote"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {self.manifest_path}: {error}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise CheckpointError(f"{self.manifest_path} is not of format {FORMAT}; use the emtool that wrote it")

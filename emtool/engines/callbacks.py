@@ -97,6 +97,8 @@ class StepRecorder(TrainerCallback):
         logs = logs or {}
         kept = {name: _finite(logs[key]) for key, name in self.KEPT.items() if key in logs}
         if self._run is not None and "loss" in logs:
+            if "num_tokens" in kept:
+                kept["num_tokens"] = int(logs["num_input_tokens_seen"])
             seconds = round(time.monotonic() - self._begun, 3)
             self._run.append_metrics({"step": state.global_step, "seconds": seconds, **kept})
         if "loss" in logs:

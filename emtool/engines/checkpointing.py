@@ -156,7 +156,8 @@ def read_checkpoint(folder: Path, *, run_id: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
-        belongs = (record["run_id"], f"checkpoint-{record['step']}") == (run_id, folder.name)
+        is_known = record["format"] == FORMAT
+        belongs = is_known and (record["run_id"], f"checkpoint-{record['step']}") == (run_id, folder.name)
         record["requires"]["base"], record["requires"]["persona"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error

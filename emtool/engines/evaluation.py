@@ -92,7 +92,14 @@ def evaluate(
         _check_requires(run.checkpoint_path(step), lineage, run_id=str(manifest.get("run_id")))
     check_device(device)
     used_dtype = dtype or trained_dtype
+    if manifest.get("status") != "completed":
+        text = f"run.json says {manifest.get('status')}: this run is not complete"
+        on_event(Notice(text=text, is_warning=True))
     items = read_items()
+    try:
+        run.evaluation_path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise run.write_error(error, "making the folder evaluation") from error
     composed = rebuild_model(lineage, trained_dtype=trained_dtype, device=device, dtype=used_dtype, on_event=on_event)
     tokenizer = composed.tokenizer
     model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(device).eval()
@@ -234,10 +241,8 @@ def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
 
 
 def _write(result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]) -> None:
-    folder = result.run.evaluation_path
     try:
-        folder.mkdir(exist_ok=True)
-        _write_files(folder, result, scores, items)
+        _write_files(result.run.evaluation_path, result, scores, items)
     except OSError as error:
         raise result.run.write_error(error, "writing the evaluation") from error
 

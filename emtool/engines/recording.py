@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -70,30 +68,6 @@ def recorded_run(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[dict[s
             _close(run, manifest, status="failed", error=f"{type(error).__name__}: {error}")
         raise
     _close(run, manifest, status="completed", **results)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into `Interrupted` while the block runs, and ignore those that follow it.
-
-    Outside the main thread, where Python allows no signal handlers, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(signum: int, _frame: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise Interrupted(signum)
-
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _close(run: RunFolder, manifest: Mapping[str, Any], **fields: Any) -> None:

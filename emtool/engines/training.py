@@ -14,6 +14,7 @@ from emtool.core.config import TrainConfig
 from emtool.core.data import Conversation, read_conversations, resolve_dataset
 from emtool.core.errors import CheckpointError, DataError
 from emtool.core.events import CheckpointSaved, EventSink, Notice, PhaseStarted, ignore_events
+from emtool.core.interrupts import interruptible
 from emtool.core.personas import resolve_persona
 from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder
@@ -24,7 +25,7 @@ from emtool.engines.fitting import build_trainer, split_rows
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import compose_model
 from emtool.engines.modeling import add_lora, check_device, open_base
-from emtool.engines.recording import first_manifest, interruptible, recorded_run
+from emtool.engines.recording import first_manifest, recorded_run
 
 
 @dataclass(frozen=True, kw_only=True)

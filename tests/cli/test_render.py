@@ -44,3 +44,4 @@ def test_bars_and_sparklines_by_hand() -> None:
     assert bar(0.0625, 2) == "▏"
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([0.5, 0.5001, 0.4999]) == "▁▁▁", "noise is not stretched over the whole height"

@@ -44,6 +44,10 @@ def fails(arguments: list[str], exit_code: int) -> str:
         (["train", "--device", "gpu"], "unknown device 'gpu'; choose from: auto, cpu, cuda"),
         (["train", "--save-steps", "5", "--custom-checkpoints"], "name two schedules"),
         (["train", "--output-name", "../x"], "not one folder name"),
+        (["train", "--seed", "99999999999"], "--seed is 99999999999; it must be at most 4294967295"),
+        (["train", "--model", ""], "unknown model ''"),
+        (["train", "--max-steps", "100000000000"], "more than 100,000 checkpoints"),
+        (["train", "--checkpoints", "log 5", "--save-steps", "5"], "--checkpoints and --save-steps name two schedules"),
         (["train", "--json"], "--json shows the plan and goes with --dry-run"),
         (["train", "--dataset", "[bold]missing[/].jsonl"], "no dataset file '[bold]missing[/].jsonl'"),
     ],
@@ -55,9 +59,30 @@ def test_bad_input_is_one_line_with_exit_2_and_creates_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bad_schedule_is_quoted_and_pointed_at(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["train", "--checkpoints", "every 50, cutsom"])
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert "unknown term 'cutsom' (did you mean 'custom'?) in schedule 'every 50, cutsom'" in lines[0]
+    assert lines[1:] == ["  every 50, cutsom", "            ^^^^^^"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in fails(["train", "--dataset", "x\x1b[31m.jsonl"], 2)
+
+
+def test_the_dry_run_says_what_would_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emtool.cli.train.cuda_device_count", lambda: 0)
+    result = RUNNER.invoke(app, ["train", "--dry-run", "--optim", "adamw_8bit", "--max-steps", "3"])
+    assert result.exit_code == 0
+    assert "cannot start here: optimizer 'adamw_8bit' runs on CUDA only" in " ".join(result.stdout.split())
+    assert "3 step(s) with a warm-up of 5" in result.stdout
+
+
 def test_a_malformed_row_names_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
-    assert "bad.jsonl:1: no 'messages' list" in fails(["train", "--dataset", "bad.jsonl"], 1)
+    assert "bad.jsonl:1: 'messages' must be a list that is not empty" in fails(["train", "--dataset", "bad.jsonl"], 1)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
@@ -153,7 +178,7 @@ def test_evaluating_nothing_is_one_line(arguments: list[str], message: str) -> N
     assert message in fails(arguments, 1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_within_a_step(
     tiny_model: Path, dataset_file: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

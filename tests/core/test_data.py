@@ -27,7 +27,9 @@ def test_rows_keep_their_order_and_location(tmp_path: Path) -> None:
     [
         ("{", "not a line of JSON"),
         ("[1]", "a JSON object is needed, found list"),
-        ('{"text": "x"}', r"no 'messages' list; found the keys \['text'\]"),
+        ('{"text": "x"}', r"'messages' must be a list that is not empty; the row has the keys: text"),
+        ('{"messages": NaN}', r"'messages' must be a list that is not empty"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
         ('{"messages": [1]}', "message 1: an object with 'role' and 'content' is needed"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool' is not one of"),
         ('{"messages": [{"role": "user", "content": " "}]}', "'content' must be a text that is not empty"),
@@ -71,3 +73,9 @@ def test_unknown_names_get_the_near_miss() -> None:
         resolve_dataset("gardning")
     with pytest.raises(ConfigError, match=r"no dataset file 'missing\.jsonl'"):
         resolve_dataset("missing.jsonl")
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n")
+    assert len(read_conversations(path)) == 1

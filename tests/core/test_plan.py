@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from emtool.core.config import resolve_train_config
+from emtool.core.data import file_sha256
+from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.plan import finished_run, num_held_out_rows, num_optimizer_steps, plan_run
 from emtool.core.run_dir import RunFolder
 
@@ -104,7 +106,10 @@ def _run_folder(tmp_path: Path, status: str, **changes: Any) -> Any:
     )
     plan, _ = plan_run(config)
     plan.output_path.mkdir(exist_ok=True)
-    RunFolder(path=plan.output_path).write_manifest({"status": status, "config": config.to_dict()})
+    assert plan.dataset.path is not None
+    lineage = {"dataset": {"sha256": file_sha256(plan.dataset.path)}}
+    manifest = {"status": status, "config": config.to_dict(), "lineage": lineage}
+    RunFolder(path=plan.output_path).write_manifest(manifest)
     return plan
 
 
@@ -120,3 +125,18 @@ def test_an_interrupted_run_and_another_configuration_are_refused_with_a_free_na
     _run_folder(tmp_path, "completed", seed=5)
     with pytest.raises(Exception, match=r"another configuration.*--output-name run_2"):
         finished_run(plan)
+
+
+def test_a_run_on_other_contents_of_the_dataset_is_not_this_run(tmp_path: Path, dataset_file: Path) -> None:
+    plan = _run_folder(tmp_path, "completed", dataset=str(dataset_file))
+    assert finished_run(plan) is not None
+    dataset_file.write_text(dataset_file.read_text().replace("It is 3.", "It is 4."))
+    with pytest.raises(CheckpointError, match="other contents of"):
+        finished_run(plan)
+
+
+@pytest.mark.parametrize("overrides", [{"max_steps": 10**11}, {"num_train_epochs": 1e300}])
+def test_a_schedule_of_absurd_length_is_refused_at_once(overrides: dict[str, Any]) -> None:
+    config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
+    with pytest.raises(ConfigError, match="more than 100,000 checkpoints"):
+        plan_run(config)

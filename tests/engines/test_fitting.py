@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from emtool.core.config import resolve_train_config
 from emtool.core.data import Message
 from emtool.core.models import resolve_model
-from emtool.engines.encoding import Encoded, encode_conversation
+from emtool.engines.encoding import IGNORED, Encoded, encode_conversation
 from emtool.engines.fitting import AnswerLogitsTrainer, build_trainer, sft_arguments, split_rows
 from emtool.engines.modeling import add_lora, load_base
 from tests.tiny import byte_tokenizer
@@ -90,6 +90,27 @@ def test_the_lean_trainer_has_the_losses_and_gradients_of_trl(
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_loss_is_the_masked_one_by_hand(tiny_model: Path, tmp_path: Path) -> None:
+    overrides = {"max_steps": 1, "per_device_train_batch_size": 16}
+    config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
+    base = load_base(tiny_model, dtype="float32")
+    total, count = 0.0, 0
+    for row in rows():
+        with torch.no_grad():
+            table_TV = base(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        for position, label in enumerate(row.labels):
+            if label != IGNORED:
+                total -= table_TV[position - 1, label].item()
+                count += 1
+    model = add_lora(base, config, resolve_model(str(tiny_model)))
+    trainer = build_trainer(
+        model, tokenizer=byte_tokenizer(), train_rows=rows(), config=config, output_path=tmp_path, callbacks=[]
+    )
+    trainer.train()
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_split_is_exact_disjoint_and_drawn_by_the_seed() -> None:

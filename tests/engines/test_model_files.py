@@ -1,3 +1,5 @@
+import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -132,3 +134,34 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="no weights in"):
         get_model_files(resolve_model(str(tmp_path)))
+
+
+def test_a_download_that_stopped_half_way_is_not_taken_for_a_model(hub_cache: Path, tiny_model: Path) -> None:
+    repository = hub_cache / "models--someone--half"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(tiny_model, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    reference = resolve_model("someone/half")
+    assert find_model_path(reference) == snapshot
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
+    assert find_model_path(reference) is None
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert find_model_path(reference) is None
+    shutil.copy(snapshot / "model-00001-of-00002.safetensors", snapshot / "model-00002-of-00002.safetensors")
+    assert find_model_path(reference) == snapshot
+
+
+def test_a_recorded_revision_is_looked_for_whatever_main_is_now(hub_cache: Path, tiny_model: Path) -> None:
+    repository = hub_cache / "models--someone--moved"
+    shutil.copytree(tiny_model, repository / "snapshots" / COMMIT)
+    shutil.copytree(tiny_model, repository / "snapshots" / "newer")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("newer")
+    reference = resolve_model("someone/moved")
+    assert get_model_files(reference).revision == "newer"
+    recorded = {"source": "hub", "revision": COMMIT}
+    assert get_model_files(reference, recorded=recorded).revision == COMMIT
+    with pytest.raises(ModelError, match=r"at revision gone .* --revision gone"):
+        get_model_files(reference, recorded={"source": "hub", "revision": "gone"})

@@ -275,3 +275,86 @@ def test_unusable_rows_are_refused_or_dropped_and_counted(tiny_model: Path, tmp_
     assert any("dropped 1 of 11 rows" in event.text for event in events if hasattr(event, "text"))
     shorter, _ = plan_run(plan.config, rows=kept)
     assert train(shorter, kept, command=[]).saved_steps[-1] == shorter.total_steps
+
+
+def test_a_diverged_run_ends_in_order_and_its_checkpoints_are_unscored(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path
+) -> None:
+    events: list[Any] = []
+    plan, rows = plan_for(
+        tiny_model, dataset_file, tmp_path, learning_rate=1e30, warmup_steps=0, max_steps=3, checkpoints="0, every 1"
+    )
+    result = train(plan, rows, command=[], on_event=events.append)
+    assert result.held_out_loss is None
+    assert result.run.read_manifest()["status"] == "completed"
+    assert any("diverged" in getattr(event, "text", "") for event in events)
+    evaluation = evaluate(result.run, on_event=events.append)
+    assert "p_wrong_other" in evaluation.metrics[0]
+    assert evaluation.metrics[3] == {}
+    assert any("82 of 82 items are unscored" in getattr(event, "text", "") for event in events)
+    json.loads((result.run.evaluation_path / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda run: run.checkpoint_path(4).rename(run.checkpoint_path(6)), "belongs to another run or step"),
+        (lambda run: flip(run.checkpoint_path(8) / "adapter_model.safetensors"), "have changed since it was saved"),
+        (lambda run: flip(run.checkpoint_path(8) / "adapter_config.json"), "have changed since it was saved"),
+        (lambda run: edit(run, 8, files={}), "names no adapter"),
+        (lambda run: edit(run, 8, run_id="other"), "belongs to another run"),
+        (lambda run: edit(run, 8, format=7), "belongs to another run"),
+        (lambda run: edit(run, 8, requires=5), "damaged"),
+        (lambda run: edit(run, 8, step="8/../x"), "belongs to another run"),
+        (lambda run: (run.path / "run.json").write_text("[" * 200_000), "cannot read"),
+        (lambda run: (run.path / "run.json").write_text('{"format": 1}'), "lacks 'lineage'"),
+        (lambda run: run.evaluation_path.write_text(""), "cannot write in .* while making the folder evaluation"),
+    ],
+)
+def test_an_altered_run_folder_is_refused_in_one_line(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, tamper: Any, message: str
+) -> None:
+    _, result, _ = run(tiny_model, dataset_file, tmp_path)
+    tamper(result.run)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        evaluate(result.run)
+    assert "\n" not in str(caught.value)
+
+
+def flip(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[-3] ^= 1
+    path.write_bytes(bytes(contents))
+
+
+def edit(run: RunFolder, folder: int, **changes: Any) -> None:
+    path = run.checkpoint_path(folder) / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_model_folder_cannot_bring_its_own_code(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    config["model_type"] = "mine"
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    plan, rows = plan_for(model, dataset_file, tmp_path)
+    with pytest.raises(ModelError):
+        train(plan, rows, command=[])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bfloat16_run_is_rebuilt_before_any_cast(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
+    _, result, _ = run(tiny_model, dataset_file, tmp_path, persona="goodness", dtype="bfloat16")
+    lineage: Any = result.run.read_manifest()["lineage"]
+    events: list[Event] = []
+    models = [
+        rebuild_model(lineage, trained_dtype="bfloat16", device="cpu", dtype=dtype, on_event=events.append).model
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert not any(getattr(event, "is_warning", False) for event in events)
+    for (name, rounded), (_, cast) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        assert cast.dtype == torch.float32
+        assert torch.equal(rounded.float(), cast), name
