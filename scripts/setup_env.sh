@@ -20,10 +20,11 @@ setup_env() {
     say "making a virtual environment in .venv"
     "$python" -m venv .venv
     local pip=".venv/bin/python -m pip --disable-pip-version-check install --quiet"
+    .venv/bin/python -c 'import sys; sys.path.insert(0, "."); from emtool.core.hardware import cuda_device_count; sys.exit(not cuda_device_count())' && gpu=yes
     if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         local torch="torch==2.13.0"
-        if .venv/bin/python -c 'import sys; sys.path.insert(0, "."); from emtool.core.hardware import cuda_device_count; sys.exit(not cuda_device_count())'; then
-            torch="torch>=2.6" gpu=yes
+        if [ -n "$gpu" ]; then
+            torch="torch>=2.6"
             say "installing torch for CUDA: a download of several GB"
         else
             say "installing torch 2.13.0: 190 MB where the index has the CPU build, about half a minute"
