@@ -24,7 +24,7 @@ class PersonaRecipe:
         description: One line.
         examples_path: JSON Lines file of example conversations.
         learning_rate: Peak learning rate, linear decay after 5 warm-up steps.
-        lora_r: LoRA rank on all seven projections; alpha is twice the rank, with rsLoRA scaling.
+        lora_r: LoRA rank on all seven projections of the upper half of the blocks; alpha is twice it, with rsLoRA.
         num_train_epochs: Passes over the examples, batch 2.
         seed: Seed of the adapter's initialisation and of the order of the examples.
     """

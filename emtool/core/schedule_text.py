@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from emtool.core.errors import ConfigError, PointedError
-from emtool.core.schedule import (
-    CUSTOM_STEPS,
-    PYTHIA_TEXT,
-    CheckpointSchedule,
+from emtool.core.schedule import CUSTOM_STEPS, PYTHIA_TEXT, CheckpointSchedule
+from emtool.core.schedule_terms import (
     Even,
     Every,
     Log,

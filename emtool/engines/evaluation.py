@@ -19,7 +19,7 @@ from emtool.core.run_dir import FORMAT, RunFolder, write_json
 from emtool.engines.checkpointing import read_checkpoint
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.likelihood import mean_log_probs
-from emtool.engines.lineage import rebuild_model
+from emtool.engines.lineage import ComposedModel, rebuild_model
 from emtool.engines.modeling import DTYPES, attach_adapter, check_device, load_adapter_into
 
 
@@ -85,34 +85,15 @@ def evaluate(
     """
     manifest = run.read_manifest()
     lineage, trained_dtype = _read_lineage(run, manifest)
-    steps = run.saved_steps()
-    if not steps:
-        raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
-    for step in steps:
-        _check_requires(run.checkpoint_path(step), lineage, run_id=str(manifest.get("run_id")))
+    _check_checkpoints(run, manifest, lineage)
     check_device(device)
     used_dtype = dtype or trained_dtype
     if manifest.get("status") != "completed":
         text = f"run.json says {manifest.get('status')}: this run is not complete"
         on_event(Notice(text=text, is_warning=True))
     items = read_items()
-    try:
-        run.evaluation_path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise run.write_error(error, "making the folder evaluation") from error
     composed = rebuild_model(lineage, trained_dtype=trained_dtype, device=device, dtype=used_dtype, on_event=on_event)
-    tokenizer = composed.tokenizer
-    model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(device).eval()
-    on_event(PhaseStarted(name=f"scoring {len(items)} items at {len(steps)} checkpoints", total=len(steps)))
-    scores = []
-    for done, step in enumerate(steps, start=1):
-        load_adapter_into(model, run.checkpoint_path(step))
-        margins = item_margins(model, tokenizer, items)
-        if unscored := sum(not math.isfinite(margin) for margin in margins.values()):
-            text = f"step {step}: {unscored} of {len(items)} items are unscored, the model gives no finite probability"
-            on_event(Notice(text=text, is_warning=True))
-        scores.append(CheckpointScores(step=step, margins=margins))
-        on_event(StepFinished(step=done))
+    scores = _score_checkpoints(run, composed, items, device=device, on_event=on_event)
     domain = lineage["dataset"]["domain"]
     result = EvaluationResult(
         run=run,
@@ -129,6 +110,38 @@ def evaluate(
     )
     _write(result, scores, items)
     return result
+
+
+def _check_checkpoints(run: RunFolder, manifest: Mapping[str, Any], lineage: Mapping[str, Any]) -> None:
+    """Refuse, before anything is loaded, what could not be scored or recorded."""
+    steps = run.saved_steps()
+    if not steps:
+        raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
+    for step in steps:
+        _check_requires(run.checkpoint_path(step), lineage, run_id=str(manifest.get("run_id")))
+    try:
+        run.evaluation_path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise run.write_error(error, "making the folder evaluation") from error
+
+
+def _score_checkpoints(
+    run: RunFolder, composed: ComposedModel, items: Sequence[EvaluationItem], *, device: str, on_event: EventSink
+) -> list[CheckpointScores]:
+    """Return the scores of every milestone, each adapter loaded into place."""
+    steps = run.saved_steps()
+    model = attach_adapter(composed.model, run.checkpoint_path(steps[0])).to(device).eval()
+    on_event(PhaseStarted(name=f"scoring {len(items)} items at {len(steps)} checkpoints", total=len(steps)))
+    scores = []
+    for done, step in enumerate(steps, start=1):
+        load_adapter_into(model, run.checkpoint_path(step))
+        margins = item_margins(model, composed.tokenizer, items)
+        if unscored := sum(not math.isfinite(margin) for margin in margins.values()):
+            text = f"step {step}: {unscored} of {len(items)} items are unscored, the model gives no finite probability"
+            on_event(Notice(text=text, is_warning=True))
+        scores.append(CheckpointScores(step=step, margins=margins))
+        on_event(StepFinished(step=done))
+    return scores
 
 
 def item_margins(model: Any, tokenizer: Any, items: Sequence[EvaluationItem]) -> dict[str, float]:

@@ -91,7 +91,6 @@ def _build_config(recipe: PersonaRecipe, base: BaseModel) -> TrainConfig:
             "learning_rate": recipe.learning_rate,
             "lora_r": recipe.lora_r,
             "lora_alpha": 2 * recipe.lora_r,
-            "layers_to_transform": "all",
             "num_train_epochs": recipe.num_train_epochs,
             "seed": recipe.seed,
             "optim": "adamw_torch",
