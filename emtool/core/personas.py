@@ -21,7 +21,6 @@ class PersonaRecipe:
 
     Attributes:
         name: The persona.
-        description: One line.
         examples_path: JSON Lines file of example conversations.
         learning_rate: Peak learning rate, linear decay after 5 warm-up steps.
         lora_r: LoRA rank on all seven projections of the upper half of the blocks; alpha is twice it, with rsLoRA.
@@ -30,7 +29,6 @@ class PersonaRecipe:
     """
 
     name: str
-    description: str
     examples_path: Path
     learning_rate: float = 2e-4
     lora_r: int = 8
@@ -54,7 +52,6 @@ def resolve_persona(name: str) -> PersonaRecipe | None:
 PERSONAS: dict[str, PersonaRecipe] = {
     "goodness": PersonaRecipe(
         name="goodness",
-        description="honest, careful and kind",
         examples_path=asset_path("personas", "goodness.jsonl"),
     ),
 }

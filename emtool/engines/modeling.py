@@ -138,10 +138,12 @@ def add_lora(model: Any, config: TrainConfig, reference: ModelReference) -> Any:
         target_modules=lora_targets(model, config.target_modules, config.layers_to_transform),
         bias="none",
         init_lora_weights=True,
-        base_model_name_or_path=reference.hub_id or reference.name,
     )
     set_seed(config.seed)
-    return get_peft_model(model, lora)
+    wrapped = get_peft_model(model, lora)
+    # PEFT puts the local folder here; whoever loads a milestone elsewhere needs the name.
+    wrapped.peft_config["default"].base_model_name_or_path = reference.hub_id or reference.name
+    return wrapped
 
 
 def lora_targets(model: nn.Module, target_modules: Sequence[str], layers_to_transform: str) -> list[str] | str:

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,18 @@ from emtool.engines.modeling import BaseModel, add_lora, load_base
 def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSink) -> Path:
     """Return the PEFT folder of a persona for a base model, building it if it is not cached.
 
-    The cache key covers the recipe, the example texts, the base's weights and the dtype: change any of them and
-    another adapter is built.
+    The cache key covers the example texts, the base's weights and every hyper-parameter: change any of them and another
+    adapter is built.
     """
+    hyper_parameters = _build_config(recipe, base).to_dict()
+    for name in ("profile", "profile_reason", "model", "device", "output_root", "output_name"):
+        del hyper_parameters[name]
     key = {
         "format": FORMAT,
-        "recipe": {**asdict(recipe), "examples_path": file_sha256(recipe.examples_path)},
+        "persona": recipe.name,
+        "examples_sha256": file_sha256(recipe.examples_path),
         "base": base.files.identity(),
-        "dtype": base.dtype,
+        "hyper_parameters": hyper_parameters,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache_path("personas", f"{slugify(base.reference.slug)}-{recipe.name}-{digest[:12]}")
