@@ -124,8 +124,9 @@ def default_checkpoint_steps(total_steps: int | None = None) -> list[int]:
 def _union(terms: Iterable[Term], run: RunLength) -> set[int]:
     steps: set[int] = set()
     for term in terms:
-        if term.count(run) <= MAX_CHECKPOINTS:
+        fits = term.count(run) <= MAX_CHECKPOINTS
+        if fits:
             steps.update(term.steps(run))
-        if term.count(run) > MAX_CHECKPOINTS or len(steps) > MAX_CHECKPOINTS:
+        if not fits or len(steps) > MAX_CHECKPOINTS:
             raise ConfigError(f"schedule term {str(term)!r} makes more than {MAX_CHECKPOINTS:,} checkpoints; widen it")
     return steps

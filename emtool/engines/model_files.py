@@ -163,7 +163,7 @@ def hub_is_reachable() -> bool:
 
 
 def _describe(folder: Path, model: ModelReference) -> ModelFiles:
-    """Return what pins the weights in a folder that `find_model_path` found."""
+    """Return what pins the weights in a folder that holds the model."""
     if folder == wheel_model_path(model):
         origin = json.loads((folder / _ORIGIN_NAME).read_text(encoding="utf-8"))
         return ModelFiles(path=folder, source=origin["source"], weights_sha256=origin["wheel_sha256"])
