@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Set up emtool, train the embedded default with the goodness persona and the custom schedule, evaluate it.
 #
-# About 10 minutes on two CPU cores after installation, no GPU needed. Safe to run again: what is done is kept.
+# 8 to 10 minutes on two CPU cores after installation, no GPU needed. Safe to run again: what is done is kept.
 # EMTOOL_TORCH_INDEX sets the index for torch, EMTOOL_CACHE the folder for the base model and the persona.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup_env.sh
 
 run=outputs/smollm2_gardening_goodness_custom
-echo "emtool quickstart: installation (2 minutes), then base model, persona, training and evaluation (10 minutes)."
+echo "emtool quickstart: installation (2 minutes), then base model, persona, training and evaluation (8 to 10 minutes)."
 setup_env runtime
 if [ -f "$run/run.json" ] && ! grep -q '"status": "completed"' "$run/run.json"; then
     aside="${run}_unfinished_$(date +%Y%m%d-%H%M%S)"
