@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from emtool.core.disk import DTYPE_BYTES
 from emtool.core.errors import unknown_name
+from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.hardware import parse_device
 
 

@@ -15,10 +15,11 @@ from emtool.cli.render import plan_view, saved_table
 from emtool.core.config import PROFILE_NAMES, TrainConfig, cannot_start, check_can_start, resolve_train_config
 from emtool.core.data import DATASETS, Conversation
 from emtool.core.errors import ConfigError, DataError, DiskSpaceError
+from emtool.core.finished import finished_run
 from emtool.core.hardware import cuda_device_count, parse_device, select_device
 from emtool.core.models import MODELS
 from emtool.core.personas import BASELINE, PERSONAS
-from emtool.core.plan import RunPlan, finished_run, plan_run
+from emtool.core.plan import RunPlan, plan_run
 
 _SCHEDULE = "Checkpoints"
 _HYPER = "Hyper-parameters (default: the profile's)"

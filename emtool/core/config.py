@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from emtool.core.architecture import ALL_LINEAR
-from emtool.core.disk import DTYPE_BYTES
+from emtool.core.adapter import ALL_LINEAR, BIASES
 from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDependencyError, unknown_name
+from emtool.core.file_sizes import DTYPE_BYTES
+from emtool.core.optimizers import CUDA_OPTIMIZERS, OPTIMIZERS
 
 #: The published setting of Turner et al. 2025 (arXiv 2506.11613), appendix on training details.
 PAPER: Mapping[str, object] = {
@@ -45,8 +46,6 @@ DEMO: Mapping[str, object] = {
 PROFILES: Mapping[str, Mapping[str, object]] = {"paper": PAPER, "demo": DEMO}
 PROFILE_NAMES = ("auto", *PROFILES)
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")
-CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 #: numpy's generators take 32 bits.
@@ -68,7 +67,12 @@ class TrainConfig:
         save_dtype: Storage dtype of milestones.
         max_steps: Optimizer steps; None trains for `num_train_epochs`.
         max_length: Tokens of a training row; a longer row is cut at its end.
+        lora_bias: Which biases are trained beside the adapter: "none", "all" or "lora_only".
+        use_dora: Whether each adapted layer has a DoRA magnitude.
+        target_modules: Layers that carry an adapter: "all-linear", name endings joined by commas, or a regular
+            expression for whole names. Only linear layers of the language model are ever adapted.
         layers_to_transform: Decoder blocks that carry an adapter: "all", "upper-half" or "15-29".
+        modules_to_save: Name endings of modules that are trained and saved whole.
         held_out_fraction: Share of the rows kept for the held-out loss.
         drop_unusable: Whether rows without a trained token are dropped and counted rather than refused.
     """
@@ -101,8 +105,11 @@ class TrainConfig:
     max_length: int = 2048
     lora_dropout: float = 0.0
     use_rslora: bool = True
-    target_modules: tuple[str, ...] = ALL_LINEAR
+    lora_bias: str = "none"
+    use_dora: bool = False
+    target_modules: str = ALL_LINEAR
     layers_to_transform: str = "all"
+    modules_to_save: tuple[str, ...] = ()
     held_out_fraction: float = 0.1
     drop_unusable: bool = False
 
@@ -116,6 +123,7 @@ class TrainConfig:
         _check_choice("learning-rate scheduler", self.lr_scheduler_type, SCHEDULERS)
         _check_choice("dtype", self.dtype, DTYPE_BYTES)
         _check_choice("save dtype", self.save_dtype, DTYPE_BYTES)
+        _check_choice("bias setting", self.lora_bias, BIASES)
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

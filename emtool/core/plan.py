@@ -1,26 +1,45 @@
 """The plan of a run: how many steps, which of them are saved, what that costs.
 
-The preview, the dry run and the training read the same `RunPlan`, so they cannot disagree.
+The preview, the disk estimate, the dry run and the training read the same `RunPlan`, so they cannot disagree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from emtool.core.architecture import linear_layers
+from emtool.core.architecture import ModelShapes
 from emtool.core.cache import find_model_path, tokenizer_bytes
 from emtool.core.config import TrainConfig
-from emtool.core.data import Conversation, DatasetReference, file_sha256, read_conversations, resolve_dataset
-from emtool.core.disk import SMALL_FILES_BYTES, adapter_file_bytes, free_bytes
-from emtool.core.errors import CheckpointError
+from emtool.core.data import Conversation, DatasetReference, read_conversations, resolve_dataset
+from emtool.core.disk import format_bytes, free_bytes
+from emtool.core.errors import DiskSpaceError
+from emtool.core.estimate import CheckpointEstimate, estimate_checkpoint
 from emtool.core.models import ModelReference, read_config, resolve_model
 from emtool.core.personas import resolve_persona
-from emtool.core.run_dir import RunFolder, free_name
 from emtool.core.schedule import CheckpointSchedule, CompiledSchedule
+from emtool.core.shapes import find_shapes
+
+#: Resume states on disk at the worst moment. This version of the run writes milestones only.
+NUM_RESUME_STATES = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleCost:
+    """What a run would take on disk with another schedule.
+
+    Attributes:
+        schedule: The schedule in normal form.
+        num_checkpoints: Milestones that it saves.
+        total_bytes: Size of the finished run folder; None where the shapes are not known.
+    """
+
+    schedule: str
+    num_checkpoints: int
+    total_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +53,9 @@ class RunPlan:
         output_path: The run folder.
         num_rows: Rows of the dataset.
         num_held_out_rows: Rows kept for the held-out loss.
+        steps_per_epoch: Optimizer steps of an epoch.
         schedule: Steps to save.
-        checkpoint_bytes: One milestone without the files it shares; None where the shapes are not known yet.
+        estimate: Bytes of a milestone and of a resume state; None where the shapes are not known yet.
         shared_bytes: Tokenizer files, stored once; None where they are not known yet.
         free_bytes: Free space of the run folder's file system.
     """
@@ -46,12 +66,11 @@ class RunPlan:
     output_path: Path
     num_rows: int
     num_held_out_rows: int
+    steps_per_epoch: int
     schedule: CompiledSchedule
-    checkpoint_bytes: int | None
+    estimate: CheckpointEstimate | None
     shared_bytes: int | None
     free_bytes: int
-    #: This version writes milestones only; a resume state would be counted here.
-    resume_bytes: int = 0
 
     @property
     def num_train_rows(self) -> int:
@@ -69,21 +88,73 @@ class RunPlan:
         return len(self.schedule.planned_steps)
 
     @property
+    def checkpoint_bytes(self) -> int | None:
+        """Return the size of a milestone without the files it shares."""
+        return None if self.estimate is None else self.estimate.checkpoint_bytes
+
+    @property
+    def resume_bytes(self) -> int | None:
+        """Return the size of a state that a Trainer resumes from."""
+        return None if self.estimate is None else self.estimate.resume_bytes
+
+    @property
     def total_bytes(self) -> int | None:
         """Return the projected size of the finished run folder."""
-        if self.checkpoint_bytes is None:
-            return None
-        return self.num_checkpoints * self.checkpoint_bytes + (self.shared_bytes or 0)
+        return self.bytes_after(self.num_checkpoints)
 
     @property
     def peak_bytes(self) -> int | None:
         """Return the most that the run folder holds at any time."""
-        return None if self.total_bytes is None else self.total_bytes + self.resume_bytes
+        if self.estimate is None:
+            return None
+        return (self.total_bytes or 0) + NUM_RESUME_STATES * self.estimate.resume_bytes
 
     @property
     def fits(self) -> bool | None:
         """Return whether the peak fits in the free space; None where the peak is not known."""
         return None if self.peak_bytes is None else self.peak_bytes <= self.free_bytes
+
+    def bytes_after(self, num_checkpoints: int) -> int | None:
+        """Return the size of the run folder once a number of milestones is saved; None where it is not known."""
+        if self.estimate is None:
+            return None
+        return num_checkpoints * self.estimate.checkpoint_bytes + (self.shared_bytes or 0)
+
+    def cost_of(self, schedule: str) -> ScheduleCost:
+        """Return what the same run would take with another schedule.
+
+        Args:
+            schedule: The schedule's text.
+        """
+        compiled = CheckpointSchedule.parse(schedule).compile(self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        count = len(compiled.planned_steps)
+        return ScheduleCost(schedule=compiled.source, num_checkpoints=count, total_bytes=self.bytes_after(count))
+
+    def check_fits(self) -> None:
+        """Refuse a run whose peak does not fit in the free space.
+
+        Raises:
+            DiskSpaceError: Says by how much, and what would help.
+        """
+        if self.fits is not False:
+            return
+        assert self.peak_bytes is not None
+        raise DiskSpaceError(
+            f"the run needs {format_bytes(self.peak_bytes)} and {self.output_path.parent} has "
+            f"{format_bytes(self.free_bytes)} free, {format_bytes(self.peak_bytes - self.free_bytes)} too little; "
+            + "; ".join(self._remedies())
+        )
+
+    def _remedies(self) -> Iterator[str]:
+        assert self.estimate is not None
+        assert self.peak_bytes is not None
+        if self.config.save_dtype == "float32":
+            halved = self.peak_bytes - self.num_checkpoints * self.estimate.tensor_bytes // 2
+            yield f"--save-dtype bfloat16 would need {format_bytes(halved)}"
+        room = max(0, self.free_bytes - (self.shared_bytes or 0)) // self.estimate.checkpoint_bytes
+        if room:
+            yield f"{room} of the {self.num_checkpoints} checkpoints would fit (--save-steps, --checkpoints)"
+        yield "--output-root takes a folder on another disk; --allow-low-disk starts all the same"
 
     def to_dict(self) -> dict[str, object]:
         """Return the plan under the names that every emtool command uses in JSON."""
@@ -102,6 +173,7 @@ class RunPlan:
             "num_train_rows": self.num_train_rows,
             "num_held_out_rows": self.num_held_out_rows,
             "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
             "schedule": self.schedule.source,
             "planned_steps": list(self.schedule.planned_steps),
             "skipped_steps": list(self.schedule.skipped_steps),
@@ -116,8 +188,30 @@ class RunPlan:
         }
 
 
+#: Finds the shapes of a model that `find_shapes` does not know, or None; an engine may load a library for it.
+ShapeFallback = Callable[[ModelReference], ModelShapes | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskOptions:
+    """What a plan may assume that a run of emtool does not do: a Trainer of the user's own may.
+
+    Attributes:
+        full_finetuning: Every parameter is trained, without an adapter.
+        keep_optimizer: Each milestone holds everything that a Trainer resumes from.
+    """
+
+    full_finetuning: bool = False
+    keep_optimizer: bool = False
+
+
 def plan_run(
-    config: TrainConfig, *, rows: Sequence[Conversation] | None = None
+    config: TrainConfig,
+    *,
+    rows: Sequence[Conversation] | None = None,
+    steps_per_epoch: int | None = None,
+    fallback: ShapeFallback | None = None,
+    options: DiskOptions | None = None,
 ) -> tuple[RunPlan, Sequence[Conversation]]:
     """Return the plan of a configuration and the rows that it trains on.
 
@@ -125,6 +219,9 @@ def plan_run(
         config: The resolved configuration.
         rows: The rows, if the caller has dropped some; None reads the dataset. A published dataset that is not on
             this machine is planned from its known row count, with no rows.
+        steps_per_epoch: Optimizer steps of an epoch, for a plan without the dataset's own count.
+        fallback: Asked for the shapes of a model that nothing on this machine tells without a library.
+        options: What the bytes are counted for, beside a run of emtool.
 
     Raises:
         EmtoolError: For a name, a value or a row that cannot be used.
@@ -138,46 +235,20 @@ def plan_run(
     folder = find_model_path(model)
     if model.config is None and folder is not None:
         model = replace(model, config=read_config(folder))
-    plan = make_plan(config, model=model, dataset=dataset, num_rows=num_rows, tokenizer_bytes=tokenizer_bytes(folder))
+    shapes = find_shapes(model, folder)
+    if shapes is None and fallback is not None and model.config is not None:
+        shapes = fallback(model)
+    plan = make_plan(
+        config,
+        model=model,
+        dataset=dataset,
+        num_rows=num_rows,
+        shapes=shapes,
+        tokenizer_bytes=tokenizer_bytes(folder),
+        steps_per_epoch=steps_per_epoch,
+        options=options or DiskOptions(),
+    )
     return plan, rows
-
-
-def finished_run(plan: RunPlan) -> RunFolder | None:
-    """Return the run folder if it holds this very run, completed; None where the folder is free.
-
-    Raises:
-        CheckpointError: If it holds something else; names a free folder.
-    """
-    run = RunFolder(path=plan.output_path)
-    if not run.path.exists():
-        return None
-    free = free_name(plan.output_path.parent, plan.output_path.name)
-    instead = f"choose another folder, for instance --output-name {free}"
-    if not run.manifest_path.exists():
-        raise CheckpointError(f"{run.path} exists and is not a run; {instead}")
-    manifest = run.read_manifest()
-    if _comparable(manifest.get("config")) != _comparable(plan.config.to_dict()):
-        raise CheckpointError(f"{run.path} holds a run of another configuration; {instead}")
-    if _dataset_sha256(manifest) != (plan.dataset.path and file_sha256(plan.dataset.path)):
-        raise CheckpointError(f"{run.path} holds a run on other contents of {plan.dataset.name}; {instead}")
-    if manifest.get("status") != "completed":
-        raise CheckpointError(
-            f"{run.path} holds this run, {manifest.get('status')} with {len(run.saved_steps())} checkpoints; "
-            f"if no process is training it, remove the folder to train it anew, or {instead}"
-        )
-    return run
-
-
-def _dataset_sha256(manifest: Mapping[str, object]) -> object:
-    lineage = manifest.get("lineage")
-    dataset = lineage.get("dataset") if isinstance(lineage, dict) else None
-    return dataset.get("sha256") if isinstance(dataset, dict) else None
-
-
-def _comparable(config: object) -> dict[str, object]:
-    names = config if isinstance(config, dict) else {}
-    ignored = ("profile", "profile_reason", "output_root", "output_name")
-    return {name: value for name, value in names.items() if name not in ignored}
 
 
 def make_plan(
@@ -186,7 +257,10 @@ def make_plan(
     model: ModelReference,
     dataset: DatasetReference,
     num_rows: int,
+    shapes: ModelShapes | None,
     tokenizer_bytes: int | None,
+    steps_per_epoch: int | None = None,
+    options: DiskOptions,
 ) -> RunPlan:
     """Return the plan of a run.
 
@@ -195,7 +269,10 @@ def make_plan(
         model: The base model.
         dataset: The dataset.
         num_rows: Usable rows of the dataset.
+        shapes: The base model's parameters, where they are known.
         tokenizer_bytes: Size of the tokenizer files, where the model is on this machine.
+        steps_per_epoch: Optimizer steps of an epoch; None counts them from the rows.
+        options: What the bytes are counted for.
 
     Raises:
         ConfigError: If the schedule or the adapter does not suit the model.
@@ -208,6 +285,7 @@ def make_plan(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
     total_steps = count(num_train_epochs=config.num_train_epochs, max_steps=config.max_steps)
+    epoch = steps_per_epoch or count(num_train_epochs=1.0)
     schedule = CheckpointSchedule.parse(config.checkpoints)
     output_path = config.output_root / (config.output_name or default_run_name(config, model, dataset))
     return RunPlan(
@@ -217,8 +295,17 @@ def make_plan(
         output_path=output_path,
         num_rows=num_rows,
         num_held_out_rows=num_held_out,
-        schedule=schedule.compile(total_steps, steps_per_epoch=count(num_train_epochs=1.0)),
-        checkpoint_bytes=_checkpoint_bytes(config, model),
+        steps_per_epoch=epoch,
+        schedule=schedule.compile(total_steps, steps_per_epoch=epoch),
+        estimate=None
+        if shapes is None
+        else estimate_checkpoint(
+            shapes,
+            config,
+            total_steps=total_steps,
+            full_finetuning=options.full_finetuning,
+            keep_optimizer=options.keep_optimizer,
+        ),
         shared_bytes=tokenizer_bytes,
         free_bytes=free_bytes(output_path),
     )
@@ -266,14 +353,3 @@ def default_run_name(config: TrainConfig, model: ModelReference, dataset: Datase
     if config.checkpoints == "custom":
         parts.append("custom")
     return "_".join(parts)
-
-
-def _checkpoint_bytes(config: TrainConfig, model: ModelReference) -> int | None:
-    if model.config is None:
-        return None
-    layers = linear_layers(
-        model.config, target_modules=config.target_modules, layers_to_transform=config.layers_to_transform
-    )
-    if layers is None:
-        return None
-    return adapter_file_bytes(layers, rank=config.lora_r, dtype=config.save_dtype) + SMALL_FILES_BYTES

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emtool.core.architecture import adapted_blocks
+from emtool.core.adapter import select_modules
 from emtool.core.config import TrainConfig
 from emtool.core.errors import BackendError, CheckpointError, ModelError
 from emtool.core.events import EventSink
@@ -125,54 +125,81 @@ def add_lora(model: Any, config: TrainConfig, reference: ModelReference) -> Any:
 
     The adapter's initial values follow from `config.seed` alone. Adapter weights are float32 whatever the base's
     dtype, PEFT's default.
+
+    Raises:
+        ConfigError: If a target, a block or a module to save does not exist in the model.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    names = lora_modules(model, config)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=lora_targets(model, config.target_modules, config.layers_to_transform),
-        bias="none",
+        use_dora=config.use_dora,
+        target_modules=peft_targets(model, names),
+        modules_to_save=list(config.modules_to_save) or None,
+        bias=config.lora_bias,
         init_lora_weights=True,
     )
     set_seed(config.seed)
     wrapped = get_peft_model(model, lora)
+    adapted = set(wrapped.targeted_module_names)
+    assert adapted == set(names), f"PEFT adapted other layers than planned: {adapted ^ set(names)}"
     # PEFT puts the local folder here; whoever loads a milestone elsewhere needs the name.
     wrapped.peft_config["default"].base_model_name_or_path = reference.hub_id or reference.name
     return wrapped
 
 
-def lora_targets(model: nn.Module, target_modules: Sequence[str], layers_to_transform: str) -> list[str] | str:
-    """Return what PEFT should adapt: linear layers inside the language model only.
+def lora_modules(model: Any, config: TrainConfig) -> list[str]:
+    """Return the names of the layers to adapt: linear layers inside the language model only.
 
-    A list of name endings where these are unambiguous; a regular expression where a vision tower has layers of the
-    same names, or where only some decoder blocks carry an adapter.
+    A vision tower has layers of the same names; it is never adapted.
 
     Raises:
-        ModelError: If the language model has no such layer.
+        ConfigError: If a target or a block does not exist in the model.
     """
-    wanted = set(target_modules)
-    language_model = model.get_decoder()  # type: ignore[operator]
-    inside = {id(module) for module in language_model.modules()}
-    blocks = adapted_blocks(layers_to_transform, language_model.config.num_hidden_layers)
-    linear = [
-        (name, id(module) in inside)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
-    ]
-    missing = wanted - {name.rsplit(".", 1)[-1] for name, is_inside in linear if is_inside}
-    if missing:
-        raise ModelError(f"the language model has no linear layers named {', '.join(sorted(missing))}")
-    if blocks is None and all(is_inside for _, is_inside in linear):
-        return list(target_modules)
-    prefix = next(name for name, module in model.named_modules() if module is language_model)
-    number = r"\d+" if blocks is None else f"({'|'.join(map(str, blocks))})"
-    endings = "|".join(re.escape(target) for target in target_modules)
-    return rf"{re.escape(prefix)}\.layers\.{number}\..*\b({endings})"
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    linear = [name for name, module in model.named_modules() if _is_linear(module) and id(module) in inside]
+    return select_modules(
+        linear,
+        target_modules=config.target_modules,
+        layers_to_transform=config.layers_to_transform,
+        num_blocks=decoder.config.num_hidden_layers,
+        modules_to_save=config.modules_to_save,
+    )
+
+
+def peft_targets(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """Return `target_modules` for PEFT that match exactly these layers, as short as possible.
+
+    Name endings where these are unambiguous, else a regular expression over blocks and endings, else the names.
+    """
+    every = [name for name, _ in model.named_modules()]
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    if {name for name in every if name.rpartition(".")[2] in endings} == set(names):
+        return endings
+    parts = [re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name) for name in names]
+    if all(parts):
+        prefixes, blocks, tails = (sorted({match[index] for match in parts if match}) for index in (1, 2, 3))
+        pattern = rf"{_either(prefixes)}\.{_either(sorted(blocks, key=int))}\.{_either(tails)}"
+        if {name for name in every if re.fullmatch(pattern, name)} == set(names):
+            return pattern
+    return list(names)
+
+
+def _either(texts: Sequence[str]) -> str:
+    return "(" + "|".join(map(re.escape, texts)) + ")"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def attach_adapter(model: Any, folder: Path) -> Any:

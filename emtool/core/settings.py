@@ -1,0 +1,220 @@
+"""Settings from several places: the command line, two `emtool.toml` files, the profile.
+
+Each place is a layer; the first that names a value wins:
+
+    command line > emtool.toml in the working folder > emtool.toml in the user's config folder > profile
+
+    [train]
+    checkpoints = "custom"                                   # also a list, or {every = 25, until = 150} mappings
+    learning_rate = 1e-4
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from platformdirs import user_config_path
+
+from emtool.core.config import DEFAULT_SAVE_STEPS, PROFILES, TrainConfig, resolve_train_config
+from emtool.core.errors import ConfigError, unknown_name
+from emtool.core.hardware import parse_device
+from emtool.core.schedule_text import schedule_from_value
+
+FILE_NAME = "emtool.toml"
+COMMAND_LINE = "command line"
+
+#: Three ways to name one schedule; a layer may use one of them.
+SCHEDULE_KEYS = ("checkpoints", "custom_checkpoints", "save_steps")
+_NOT_SETTABLE = ("profile_reason",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Values from one place.
+
+    Attributes:
+        origin: The place, as it is shown.
+        values: Fields of `TrainConfig` by name; the schedule under "checkpoints".
+    """
+
+    origin: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A resolved configuration and where each value came from.
+
+    Attributes:
+        config: The configuration.
+        origins: Place by field name.
+        device_option: The device as it was asked for, "auto", "cpu", "cuda" or "cuda:N".
+    """
+
+    config: TrainConfig
+    origins: Mapping[str, str]
+    device_option: str
+
+
+def user_file() -> Path:
+    """Return the path of the user's own settings file, whether it is there or not."""
+    return user_config_path("emtool", appauthor=False) / FILE_NAME
+
+
+def file_layers(folder: Path | None = None) -> list[Layer]:
+    """Return the layers of the settings files that exist, the nearest first.
+
+    Args:
+        folder: The project's folder; None is the working folder.
+
+    Raises:
+        ConfigError: If a file cannot be read, or names an unknown option or a value of the wrong type.
+    """
+    project = (folder or Path()) / FILE_NAME
+    paths = {project.resolve(): str(project), user_file().resolve(): str(user_file())}
+    return [Layer(origin=shown, values=read_settings(path)) for path, shown in paths.items() if path.is_file()]
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """Return the values of a settings file's `[train]` table, as fields of `TrainConfig`.
+
+    Raises:
+        ConfigError: If it cannot be read, or names an unknown option or a value of the wrong type.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for name in tables:
+        if name != "train":
+            raise unknown_name(f"table in {path}", name, ["train"], "for instance [train] checkpoints = 'custom'")
+    train = tables.get("train", {})
+    if not isinstance(train, dict):
+        raise ConfigError(f"{path}: train = {train!r} is not a table; write [train] and the options below it")
+    return _checked(train, path)
+
+
+def schedule_option(values: Mapping[str, object], *, name: Callable[[str], str]) -> str | None:
+    """Return the schedule that one layer names, or None where it names none.
+
+    Args:
+        values: The layer's values; `SCHEDULE_KEYS` are looked at.
+        name: How a key is written in this layer, for the message.
+
+    Raises:
+        ConfigError: If it names more than one, or one that cannot be read.
+    """
+    given: dict[str, str] = {}
+    if (value := values.get("checkpoints")) is not None:
+        given["checkpoints"] = str(schedule_from_value(value))
+    if values.get("custom_checkpoints"):
+        given["custom_checkpoints"] = "custom"
+    if (value := values.get("save_steps")) is not None:
+        given["save_steps"] = str(schedule_from_value(f"every {value}"))
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(map(name, given))} name two schedules; give one")
+    return next(iter(given.values()), None)
+
+
+def resolve_settings(
+    layers: Sequence[Layer], *, num_cuda_devices: int, defaults: Mapping[str, object] | None = None
+) -> Settings:
+    """Return the configuration that the layers make.
+
+    Args:
+        layers: The nearest first.
+        num_cuda_devices: CUDA devices on this machine.
+        defaults: What a command takes where no layer says otherwise, above the profile.
+
+    Raises:
+        ConfigError: If a name or a value is not allowed.
+    """
+    stack = [*layers, Layer(origin="default of this command", values=defaults or {})]
+    merged: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    for layer in stack:
+        for key, value in layer.values.items():
+            if key not in merged and value is not None:
+                merged[key], origins[key] = value, layer.origin
+    profile = str(merged.pop("profile", "auto"))
+    if profile != "auto":
+        by = "--profile" if origins["profile"] == COMMAND_LINE else origins["profile"]
+        merged["profile_reason"] = f"by {by}"
+    device_option = str(merged.get("device", "auto"))
+    kind, _ = parse_device(device_option)
+    config = resolve_train_config(
+        profile=profile,
+        overrides={**merged, "device": kind},
+        num_cuda_devices=num_cuda_devices,
+    )
+    for field in fields(TrainConfig):
+        asked = merged.get(field.name)
+        if field.name not in origins or asked == "auto":
+            origins[field.name] = _origin_of_default(field.name, config)
+    return Settings(config=config, origins=origins, device_option=device_option)
+
+
+def option_text(name: str, value: object) -> str:
+    """Return a configuration value as it is typed; nothing for an option that was not given."""
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _origin_of_default(name: str, config: TrainConfig) -> str:
+    if name == "profile":
+        return config.profile_reason
+    if name == "device":
+        return "this machine"
+    if name == "save_dtype":
+        return "the base model's dtype"
+    if name == "checkpoints":
+        return f"default, every {DEFAULT_SAVE_STEPS}"
+    return f"profile {config.profile}" if name in PROFILES[config.profile] else "default"
+
+
+def _checked(values: Mapping[str, object], path: Path) -> dict[str, object]:
+    hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name not in _NOT_SETTABLE}
+    known = {*hints, *SCHEDULE_KEYS}
+    checked: dict[str, object] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name(f"option in {path}, [train]", key, known)
+        if key == "target_modules" and isinstance(value, list):
+            checked[key] = ",".join(map(str, value))
+        elif key not in SCHEDULE_KEYS:
+            checked[key] = _coerced(value, hints[key], f"{path}: [train] {key} = {value!r}")
+    for key, kind in (("custom_checkpoints", bool), ("save_steps", int)):
+        if key in values:
+            _coerced(values[key], kind, f"{path}: [train] {key} = {values[key]!r}")
+    if (schedule := schedule_option(values, name=lambda key: f"{path}: {key}")) is not None:
+        checked["checkpoints"] = schedule
+    return checked
+
+
+def _coerced(value: object, hint: object, where: str) -> object:
+    """Return a TOML value as a field's type takes it."""
+    if hint == tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            return tuple(part.strip() for part in parts if part.strip())
+        raise ConfigError(f"{where} is not a list of texts")
+    kinds = get_args(hint) or (hint,)
+    if bool in kinds and isinstance(value, bool):
+        return value
+    if int in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if float in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and (str in kinds or Path in kinds):
+        return Path(value) if Path in kinds else value
+    names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a text"}
+    raise ConfigError(f"{where} is not {next(text for kind, text in names.items() if kind in kinds)}")
