@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
 
 from emtool import __version__
-from emtool.cli.evaluate import evaluate
 from emtool.cli.output import one_line, talk
-from emtool.cli.train import train
-from emtool.core.errors import EmtoolError, Interrupted, PointedError
+from emtool.cli.plain_options import PlainCommand, PlainGroup
+from emtool.core.errors import EmtoolError, Interrupted, PointedError, unknown_name
 from emtool.core.interrupts import interruptible
 
 
-class BoundaryGroup(TyperGroup):
-    """A command group that turns what a user can mend into one line; a bug keeps its traceback."""
+class BoundaryGroup(PlainGroup):
+    """A command group that loads a command when it is asked for, and ends every error in one line.
+
+    Typer builds a validator for each option of each command; loading all of them would take longer than a plan.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands, as the help shows them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command.
+
+        Raises:
+            ConfigError: If there is none of that name.
+        """
+        if cmd_name not in COMMANDS:
+            raise unknown_name("command", cmd_name, COMMANDS)
+        return load_command(cmd_name)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line and exit with its code."""
+        """Run the command line and exit with its code; what a user can mend is one line, a bug keeps its traceback."""
         kwargs["standalone_mode"] = False
         try:
             with interruptible():
@@ -34,7 +50,9 @@ class BoundaryGroup(TyperGroup):
             _fail("interrupted" + (f"; {stop.detail}" if stop.detail else ""), stop.exit_code)
         except typer.TyperException as error:
             problem = error.format_message().rstrip(".")
-            _fail(f"{problem}. Run with --help to see what is allowed.", error.exit_code)
+            if problem:
+                _fail(f"{problem}. Run with --help to see what is allowed.", error.exit_code)
+            sys.exit(error.exit_code)
         except typer.Abort:
             _fail("aborted", 1)
         sys.exit(result if isinstance(result, int) else 0)
@@ -74,8 +92,27 @@ def _root(
         typer.echo(context.get_help())
 
 
-app.command(name="train")(train)
-app.command(name="evaluate")(evaluate)
+#: Each command, and where it is defined: a function, or a Typer application for a group of commands.
+COMMANDS: dict[str, str] = {
+    "train": "emtool.cli.train:train",
+    "evaluate": "emtool.cli.evaluate:evaluate",
+    "runs": "emtool.cli.runs:runs",
+    "schedule": "emtool.cli.schedule:schedule",
+    "disk-estimate": "emtool.cli.disk_estimate:disk_estimate",
+}
+
+
+def load_command(name: str) -> Any:
+    """Return a command of `COMMANDS`, importing its module."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    target = getattr(import_module(module), attribute)
+    if isinstance(target, typer.Typer):
+        group = typer.main.get_group(target)
+        group.name = name
+        return group
+    single = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich")
+    single.command(name=name, cls=PlainCommand)(target)
+    return typer.main.get_command(single)
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from emtool.cli.evaluation_view import evaluation_view
 from emtool.cli.options import Device, Dtype, OutputRoot
 from emtool.cli.output import data, print_json, progress, quiet_libraries, talk
-from emtool.cli.render import evaluation_view
 from emtool.core.hardware import select_device
 from emtool.core.run_dir import RunFolder, newest_run
 
@@ -20,16 +20,16 @@ def evaluate(
         typer.Argument(metavar="RUN", help="Run folder; without it, the newest run is taken and named."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap intervals.")] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    output_root: OutputRoot = Path("outputs"),
+    device: Device = None,
+    dtype: Dtype = None,
+    output_root: OutputRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the summary to stdout as JSON.")] = False,
 ) -> None:
     """Score every checkpoint of a run: which of two matched answers does it find likelier?"""
-    run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root)
+    run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root or Path("outputs"))
     run.read_manifest()
     talk().print(f"evaluating {run.path}", markup=False, soft_wrap=True)
-    used_device = select_device(device)
+    used_device = select_device(device or "auto")
     quiet_libraries()
     from emtool.engines.evaluation import evaluate as evaluate_run
 

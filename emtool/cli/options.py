@@ -1,28 +1,127 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how they become settings."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from emtool.core.adapter import BIASES
+from emtool.core.config import PROFILE_NAMES, SCHEDULERS, TrainConfig
+from emtool.core.data import DATASETS
 from emtool.core.errors import unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
-from emtool.core.hardware import parse_device
+from emtool.core.hardware import cuda_device_count, parse_device
+from emtool.core.models import MODELS
+from emtool.core.optimizers import OPTIMIZERS
+from emtool.core.personas import BASELINE, PERSONAS
+from emtool.core.settings import (
+    COMMAND_LINE,
+    SCHEDULE_KEYS,
+    Layer,
+    Settings,
+    file_layers,
+    resolve_settings,
+    schedule_option,
+)
+
+SCHEDULE = "Checkpoints"
+HYPER = "Hyper-parameters (default: emtool.toml, else the profile's)"
+_DTYPES = ("auto", *DTYPE_BYTES)
 
 
-def _check_dtype(value: str) -> str:
-    if value not in ("auto", *DTYPE_BYTES):
-        raise unknown_name("dtype", value, ("auto", *DTYPE_BYTES))
+def _check_dtype(value: str | None) -> str | None:
+    if value is not None and value not in _DTYPES:
+        raise unknown_name("dtype", value, _DTYPES)
     return value
 
 
-def _check_device(value: str) -> str:
-    parse_device(value)
+def _check_device(value: str | None) -> str | None:
+    if value is not None:
+        parse_device(value)
     return value
 
 
-Device = Annotated[str, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(callback=_check_dtype, help="Dtype of the base model: auto, float32 or bfloat16.")]
-OutputRoot = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
+def _names(value: str | None) -> str | None:
+    return None if value is None else ",".join(part.strip() for part in value.split(","))
+
+
+def _option(text: str, panel: str | None = None) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(help=text, rich_help_panel=panel)
+    return option
+
+
+Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. [default: auto]")]
+Model = Annotated[str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.")]
+Dataset = Annotated[str | None, _option(f"Training data: {', '.join(DATASETS)}, or a JSON Lines file.")]
+Persona = Annotated[str | None, _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}.")]
+Device = Annotated[str | None, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N. [default: auto]")]
+Dtype = Annotated[
+    str | None, typer.Option(callback=_check_dtype, help=f"Dtype of the base model: {', '.join(_DTYPES)}.")
+]
+SaveDtype = Annotated[
+    str | None, typer.Option(callback=_check_dtype, help="Dtype of saved adapters; auto is the base model's.")
+]
+OutputRoot = Annotated[Path | None, _option("Folder that holds the run folders. [default: outputs]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
+
+CustomCheckpoints = Annotated[
+    bool,
+    typer.Option(
+        "--custom-checkpoints",
+        help="Save 0, 25, 50, 100, 125, 150, 200, 250, 300 and the final step.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+SaveSteps = Annotated[
+    int | None, typer.Option(min=1, help="Save every N steps and the final one.", rich_help_panel=SCHEDULE)
+]
+Checkpoints = Annotated[str | None, _option("Any schedule, for instance 'init, every 50, !100' or 'log 10'.", SCHEDULE)]
+TotalSteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of the run, instead of counting them.")]
+StepsPerEpoch = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of an epoch, for terms like 0.5ep.")]
+
+NumTrainEpochs = Annotated[float | None, _option("Passes over the data.", HYPER)]
+BatchSize = Annotated[int | None, _option("Rows of a micro-batch.", HYPER)]
+AccumulationSteps = Annotated[int | None, _option("Micro-batches of a step.", HYPER)]
+Optim = Annotated[str | None, _option(f"Optimizer: {', '.join(OPTIMIZERS)}.", HYPER)]
+LrSchedulerType = Annotated[str | None, _option(f"Learning-rate schedule: {', '.join(SCHEDULERS)}.", HYPER)]
+LoraR = Annotated[int | None, _option("LoRA rank.", HYPER)]
+LoraBias = Annotated[str | None, _option(f"Biases trained beside the adapter: {', '.join(BIASES)}.", HYPER)]
+UseDora = Annotated[bool, typer.Option("--use-dora", help="DoRA: a magnitude for each layer.", rich_help_panel=HYPER)]
+TargetModules = Annotated[
+    str | None,
+    _option("Layers to adapt: all-linear, names joined by commas, or a regular expression for whole names.", HYPER),
+]
+LayersToTransform = Annotated[str | None, _option("Decoder blocks with an adapter: all, upper-half or 15-29.", HYPER)]
+ModulesToSave = Annotated[
+    str | None,
+    typer.Option(callback=_names, help="Modules trained and saved whole, joined by commas.", rich_help_panel=HYPER),
+]
+
+
+def read_settings(
+    context: typer.Context, *, defaults: Mapping[str, object] | None = None, renamed: Mapping[str, str] | None = None
+) -> tuple[Settings, int]:
+    """Return the settings that a command line and the settings files make, and the number of CUDA devices.
+
+    Args:
+        context: The command's context; its parameters that are fields of `TrainConfig` are taken.
+        defaults: What the command takes where nothing says otherwise.
+        renamed: Parameters of the command that stand for a field of another name.
+
+    Raises:
+        ConfigError: If a name or a value is not allowed.
+    """
+    given = {(renamed or {}).get(name, name): value for name, value in context.params.items()}
+    known = {name for name in TrainConfig.__dataclass_fields__ if name not in SCHEDULE_KEYS}
+    # A flag that is off was not given.
+    values = {name: value for name, value in given.items() if name in known and value not in (None, False)}
+    if isinstance(modules := values.get("modules_to_save"), str):
+        values["modules_to_save"] = tuple(part for part in modules.split(",") if part)
+    if (schedule := schedule_option(given, name=lambda key: f"--{key.replace('_', '-')}")) is not None:
+        values["checkpoints"] = schedule
+    num_cuda_devices = cuda_device_count()
+    layers = [Layer(origin=COMMAND_LINE, values=values), *file_layers()]
+    return resolve_settings(layers, num_cuda_devices=num_cuda_devices, defaults=defaults), num_cuda_devices

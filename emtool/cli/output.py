@@ -6,12 +6,17 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from emtool.core.architecture import ModelShapes
 from emtool.core.events import CheckpointSaved, Event, Notice, PhaseStarted, StepFinished
+from emtool.core.models import ModelReference
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def data() -> Console:
@@ -22,6 +27,11 @@ def data() -> Console:
 def talk() -> Console:
     """Return the console for everything else."""
     return Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, wrapped by the terminal only."""
+    talk().print(text, markup=False, soft_wrap=True)
 
 
 def one_line(text: str) -> str:
@@ -41,6 +51,8 @@ def progress(*, planned_steps: tuple[int, ...] = ()) -> Iterator[Callable[[Event
     Args:
         planned_steps: Steps that will be saved, so that the next one can be named.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = talk()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -96,3 +108,14 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.simplefilter("ignore")
+
+
+def shapes_by_library(model: ModelReference) -> ModelShapes | None:
+    """Return a model's shapes from its class, without its weights: slow, so it says so."""
+    say(
+        f"{model.name}: its family is not in the catalogue and no weights are here; asking its class, which loads torch"
+    )
+    quiet_libraries()
+    from emtool.engines.empty_model import empty_shapes
+
+    return empty_shapes(model)

@@ -6,11 +6,9 @@ To add a built-in one, put the file into `emtool/assets/datasets` and an entry i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from emtool.core.errors import ConfigError, DataError, unknown_name
@@ -65,7 +63,7 @@ class DatasetReference:
 
 def asset_path(*parts: str) -> Path:
     """Return the path of a file in the package data."""
-    return Path(str(resources.files("emtool.assets").joinpath(*parts)))
+    return Path(__file__).resolve().parents[1].joinpath("assets", *parts)
 
 
 def resolve_dataset(name: str) -> DatasetReference:
@@ -122,6 +120,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, object], str]]:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

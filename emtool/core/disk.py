@@ -8,6 +8,8 @@ from pathlib import Path
 
 from emtool.core.errors import ConfigError
 
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 def free_bytes(path: Path) -> int:
     """Return the free space of the file system that a folder is on or would be created on.
@@ -32,12 +34,22 @@ def folder_bytes(path: Path) -> int:
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
-def format_bytes(count: int) -> str:
-    """Return a byte count for reading, in binary units: 1536 becomes "1.5 KiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            digits = {"B": 0, "GiB": 2}.get(unit, 1)
-            return f"{size:.{digits}f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
+def format_bytes(count: int, *, unit: str | None = None) -> str:
+    """Return a byte count for reading, in binary units: 1536 becomes "1.5 KiB".
+
+    Args:
+        count: Bytes.
+        unit: The unit to use, of `UNITS`; None takes the largest that gives at least 1.
+    """
+    shown = unit or byte_unit(count)
+    exponent = UNITS.index(shown)
+    digits = 0 if exponent == 0 else 1 if exponent < UNITS.index("GiB") else 2
+    return f"{count / 1024**exponent:.{digits}f} {shown}"
+
+
+def byte_unit(count: int) -> str:
+    """Return the unit that a byte count is read in."""
+    exponent = 0
+    while exponent + 1 < len(UNITS) and count >= 1024 ** (exponent + 1):
+        exponent += 1
+    return UNITS[exponent]

@@ -6,7 +6,6 @@ Every message is one line: what is wrong, the value, what is allowed, the next s
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -100,6 +99,8 @@ def unknown_name(kind: str, value: str, choices: Iterable[str], hint: str = "") 
         choices: The names that exist.
         hint: What else would be accepted, for instance "or a path to a folder".
     """
+    import difflib
+
     known = sorted(choices)
     near = difflib.get_close_matches(value, known, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ";"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import subprocess
 import sys
 
 from emtool.core.errors import BackendError, ConfigError
@@ -33,6 +32,8 @@ def cuda_device_count() -> int:
         ctypes.CDLL(_LIBRARY)
     except OSError:
         return 0
+    import subprocess
+
     done = subprocess.run([sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 else 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from emtool.core.personas import resolve_persona
 from emtool.core.schedule import CheckpointSchedule, CompiledSchedule
 from emtool.core.shapes import find_shapes
 
+#: Schedules that every other one is compared with.
+COMPARED = ("every 100", "every 25")
 #: Resume states on disk at the worst moment. This version of the run writes milestones only.
 NUM_RESUME_STATES = 0
 
@@ -40,6 +42,10 @@ class ScheduleCost:
     schedule: str
     num_checkpoints: int
     total_bytes: int | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the cost as JSON values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +192,17 @@ class RunPlan:
             "free_bytes": self.free_bytes,
             "fits": self.fits,
         }
+
+
+def compare_schedules(plan: RunPlan, *, with_own: bool = False) -> list[ScheduleCost]:
+    """Return what the documented schedules would take for the same run.
+
+    Args:
+        plan: The plan.
+        with_own: Whether the custom schedule and the plan's own are compared as well, the latter last if it is new.
+    """
+    texts = [*COMPARED, *(["custom", plan.schedule.source] if with_own else [])]
+    return [plan.cost_of(text) for text in dict.fromkeys(texts)]
 
 
 #: Finds the shapes of a model that `find_shapes` does not know, or None; an engine may load a library for it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,6 +161,8 @@ def _what_is_wrong(text: str) -> str:
         return f"negative step {text!r}"
     if re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
         return f"number with more than {MAX_DIGITS} digits {text[:20]!r}..."
+    import difflib
+
     word = text.split(maxsplit=1)[0] if text.split() else text
     near = difflib.get_close_matches(word.lower(), WORDS, n=1)
     return f"unknown term {text[:60]!r}" + (f" (did you mean {near[0]!r}?)" if near and near[0] != word.lower() else "")

@@ -11,7 +11,6 @@ Each place is a layer; the first that names a value wins:
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -85,6 +84,8 @@ def read_settings(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: If it cannot be read, or names an unknown option or a value of the wrong type.
     """
+    import tomllib
+
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -158,15 +159,6 @@ def resolve_settings(
         if field.name not in origins or asked == "auto":
             origins[field.name] = _origin_of_default(field.name, config)
     return Settings(config=config, origins=origins, device_option=device_option)
-
-
-def option_text(name: str, value: object) -> str:
-    """Return a configuration value as it is typed; nothing for an option that was not given."""
-    if value is None or value == ():
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _origin_of_default(name: str, config: TrainConfig) -> str:

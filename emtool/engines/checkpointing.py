@@ -20,7 +20,8 @@ from typing import Any
 from safetensors.torch import save
 
 from emtool.core.data import file_sha256
-from emtool.core.errors import CheckpointError
+from emtool.core.disk import format_bytes, free_bytes
+from emtool.core.errors import CheckpointError, DiskSpaceError
 from emtool.core.run_dir import FORMAT, RunFolder, publish_folder
 from emtool.engines.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, adapter_state
 
@@ -39,6 +40,7 @@ class MilestoneWriter:
         save_dtype: Storage dtype of the adapter, a key of `DTYPES`.
         model: The PEFT model whose adapter is saved.
         tokenizer_path: Folder with its saved tokenizer, on the run's file system; milestones hold links to its files.
+        needed_bytes: Bytes that a milestone will take: checked against the free space first; None does not check.
     """
 
     run: RunFolder
@@ -48,6 +50,7 @@ class MilestoneWriter:
     save_dtype: str
     model: Any
     tokenizer_path: Path
+    needed_bytes: int | None = None
 
     def write(self, step: int) -> Path:
         """Write the milestone of a step and return its folder.
@@ -59,6 +62,7 @@ class MilestoneWriter:
         target = self.run.checkpoint_path(step)
         if target.exists():
             raise CheckpointError(f"{target} exists already; milestones are never overwritten")
+        self._check_space(step)
         staging = target.with_name(f".{target.name}.staging")
         try:
             staging.mkdir()
@@ -69,6 +73,15 @@ class MilestoneWriter:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return target
+
+    def _check_space(self, step: int) -> None:
+        free = free_bytes(self.run.path)
+        if self.needed_bytes is not None and free < self.needed_bytes:
+            raise DiskSpaceError(
+                f"saving step {step} needs {format_bytes(self.needed_bytes)} and {self.run.path} has "
+                f"{format_bytes(free)} free; {len(self.run.saved_steps())} earlier checkpoints are whole; free some "
+                "space and train again, save fewer steps, or use --allow-low-disk"
+            )
 
     def _fill(self, folder: Path, step: int) -> None:
         dtype = DTYPES[self.save_dtype]

@@ -71,6 +71,7 @@ def train(
     rows: Sequence[Conversation],
     *,
     command: Sequence[str],
+    check_disk: bool = True,
     on_event: EventSink = ignore_events,
 ) -> TrainResult:
     """Train a run as planned and return what it left behind.
@@ -81,6 +82,7 @@ def train(
         plan: The plan; the run stops if the Trainer counts differently.
         rows: The dataset's rows, as many as the plan counts.
         command: The command line, for the manifest.
+        check_disk: Whether the run stops before a save that would not fit in the free space.
         on_event: Where progress is reported.
 
     Raises:
@@ -109,6 +111,7 @@ def train(
                 save_dtype=config.save_dtype,
                 model=model,
                 tokenizer_path=Path(folder),
+                needed_bytes=plan.checkpoint_bytes if check_disk else None,
             )
             result = _fit(plan, writer, composed.tokenizer, encoded, on_event=on_event)
             results["held_out_loss"] = result.held_out_loss
