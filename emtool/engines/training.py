@@ -18,7 +18,7 @@ from emtool.core.interrupts import interruptible
 from emtool.core.personas import resolve_persona
 from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder
-from emtool.engines.callbacks import ScheduledCheckpointCallback, StepRecorder
+from emtool.engines.callbacks import ScheduledCheckpointCallback
 from emtool.engines.checkpointing import MilestoneWriter
 from emtool.engines.encoding import Encoded, encode_dataset, encode_row
 from emtool.engines.fitting import build_trainer, split_rows
@@ -26,6 +26,7 @@ from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import compose_model
 from emtool.engines.modeling import add_lora, check_device, open_base
 from emtool.engines.recording import first_manifest, recorded_run
+from emtool.engines.step_recorder import StepRecorder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 from rich.console import Console, RenderableType
 
-from emtool.cli.render import bar, plan_view, shorten, sparkline
+from emtool.cli.plan_view import plan_view
+from emtool.cli.render import bar, shorten, sparkline, timeline
 from emtool.core.config import resolve_train_config
 from emtool.core.plan import plan_run
 
@@ -38,6 +39,7 @@ def test_skipped_steps_are_named_up_to_five() -> None:
 
 
 def test_bars_and_sparklines_by_hand() -> None:
+    assert timeline([0, 50, 100], 100, 17) == "0 ●─────●────● 100"
     assert bar(0.5, 10) == "█████"
     assert bar(0.0, 10) == ""
     assert bar(1.5, 4) == "████"

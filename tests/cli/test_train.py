@@ -38,7 +38,7 @@ def fails(arguments: list[str], exit_code: int) -> str:
         (["train", "--model", "smollm-135m"], "did you mean 'smollm2-135m'"),
         (["train", "--profile", "papre"], "did you mean 'paper'"),
         (["train", "--persna", "goodness"], "No such option: --persna (Possible options: --persona"),
-        (["trian"], "Did you mean 'train'"),
+        (["trian"], "did you mean 'train'"),
         (["train", "--seed", "x"], "Invalid value for '--seed'"),
         (["train", "--dtype", "float16"], "unknown dtype 'float16'; did you mean 'bfloat16'"),
         (["train", "--device", "gpu"], "unknown device 'gpu'; choose from: auto, cpu, cuda"),
@@ -48,7 +48,7 @@ def fails(arguments: list[str], exit_code: int) -> str:
         (["train", "--model", ""], "unknown model ''"),
         (["train", "--max-steps", "100000000000"], "more than 100,000 checkpoints"),
         (["train", "--checkpoints", "log 5", "--save-steps", "5"], "--checkpoints and --save-steps name two schedules"),
-        (["train", "--json"], "--json shows the plan and goes with --dry-run"),
+        (["train", "--json"], "--json goes with --dry-run or --show-config"),
         (["train", "--dataset", "[bold]missing[/].jsonl"], "no dataset file '[bold]missing[/].jsonl'"),
     ],
 )
@@ -73,7 +73,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
 
 
 def test_the_dry_run_says_what_would_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emtool.cli.train.cuda_device_count", lambda: 0)
+    monkeypatch.setattr("emtool.cli.options.cuda_device_count", lambda: 0)
     result = RUNNER.invoke(app, ["train", "--dry-run", "--optim", "adamw_8bit", "--max-steps", "3"])
     assert result.exit_code == 0
     assert "cannot start here: optimizer 'adamw_8bit' runs on CUDA only" in " ".join(result.stdout.split())
@@ -98,7 +98,7 @@ def test_a_malformed_row_names_file_and_line(tmp_path: Path) -> None:
 def test_what_this_machine_cannot_do_is_refused_after_the_plan(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emtool.cli.train.cuda_device_count", lambda: 0)
+    monkeypatch.setattr("emtool.cli.options.cuda_device_count", lambda: 0)
     result = RUNNER.invoke(app, ["train", *arguments])
     assert result.exit_code == 1
     assert message in result.stderr
@@ -128,7 +128,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_start(monkeypatch: pytes
     monkeypatch.setattr("emtool.core.plan.free_bytes", lambda path: 1000)
     result = RUNNER.invoke(app, ["train"])
     assert result.exit_code == 1
-    assert "1,000 free" in result.stderr
+    assert "has 1000 B free, 18.8 MiB too little; --save-dtype bfloat16 would need 9.4 MiB" in result.stderr
+    assert "--allow-low-disk starts all the same" in result.stderr
     assert not (tmp_path / "outputs").exists()
 
 

@@ -24,7 +24,7 @@ def test_paper_profile_is_the_published_setting() -> None:
     assert (config.warmup_steps, config.learning_rate, config.lr_scheduler_type) == (5, 1e-5, "linear")
     assert (config.weight_decay, config.num_train_epochs, config.seed, config.max_length) == (0.01, 1.0, 0, 2048)
     assert config.layers_to_transform == "all"
-    assert len(config.target_modules) == 7
+    assert config.target_modules == "all-linear"
 
 
 def test_save_dtype_follows_the_dtype_of_the_base() -> None:

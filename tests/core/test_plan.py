@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 from emtool.core.config import resolve_train_config
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError, ConfigError
-from emtool.core.plan import finished_run, num_held_out_rows, num_optimizer_steps, plan_run
+from emtool.core.finished import finished_run
+from emtool.core.plan import num_held_out_rows, num_optimizer_steps, plan_run
 from emtool.core.run_dir import RunFolder
 
 

@@ -7,10 +7,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM
 
-from emtool.core.architecture import ALL_LINEAR
-from emtool.core.errors import CheckpointError, ModelError
-from emtool.engines.modeling import attach_adapter, load_adapter_into, lora_targets, merge_adapter
+from emtool.core.errors import CheckpointError
+from emtool.engines.modeling import attach_adapter, load_adapter_into, lora_modules, merge_adapter, peft_targets
 from tests.tiny import tiny_config
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
@@ -20,7 +21,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
 
 def save_adapter(folder: Path, model: LlamaForCausalLM, *, seed: int, **changes: object) -> Path:
     """Save an adapter with random A and B: a fresh B is zero and would change nothing."""
-    values = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": list(ALL_LINEAR), **changes}
+    values = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": list(SEVEN), **changes}
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **values))
     torch.manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
@@ -94,10 +95,27 @@ def test_a_damaged_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
         load_adapter_into(model, good)
 
 
+def config_of(**overrides: Any) -> TrainConfig:
+    return resolve_train_config(
+        profile="demo", overrides={"layers_to_transform": "all", **overrides}, num_cuda_devices=0
+    )
+
+
 def test_targets_are_name_endings_for_a_plain_language_model() -> None:
-    assert lora_targets(tiny_model(), ALL_LINEAR, "all") == list(ALL_LINEAR)
-    with pytest.raises(ModelError, match="no linear layers named c_attn"):
-        lora_targets(tiny_model(), ["c_attn"], "all")
+    model = tiny_model()
+    assert peft_targets(model, lora_modules(model, config_of())) == sorted(SEVEN)
+    with pytest.raises(ConfigError, match="unknown target module 'c_attn'"):
+        lora_modules(model, config_of(target_modules="q_proj,c_attn"))
+
+
+def test_any_set_of_layers_is_adapted_and_nothing_else() -> None:
+    chosen = [
+        ["model.layers.0.self_attn.q_proj"],
+        ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+        ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+    ]
+    for names in chosen:
+        assert adapted(tiny_model(), peft_targets(tiny_model(), names)) == set(names)
 
 
 def adapted(model: torch.nn.Module, targets: list[str] | str) -> set[str]:
@@ -107,7 +125,9 @@ def adapted(model: torch.nn.Module, targets: list[str] | str) -> set[str]:
 
 
 def test_only_the_asked_blocks_carry_an_adapter() -> None:
-    names = adapted(tiny_model(), lora_targets(tiny_model(), ALL_LINEAR, "upper-half"))
+    model = tiny_model()
+    targets = peft_targets(model, lora_modules(model, config_of(layers_to_transform="upper-half")))
+    names = adapted(model, targets)
     assert len(names) == 7
     assert all(name.startswith("model.layers.1.") for name in names)
 
@@ -135,6 +155,7 @@ def test_a_vision_tower_is_left_alone() -> None:
     in_tower = [name for name, _ in model.named_modules() if "vision" in name and name.endswith("q_proj")]
     assert in_tower, "the tower must have layers of the same name for this test to mean anything"
     for blocks, count in (("all", 14), ("upper-half", 7)):
-        names = adapted(copy.deepcopy(model), lora_targets(model, ALL_LINEAR, blocks))
+        targets = peft_targets(model, lora_modules(model, config_of(layers_to_transform=blocks)))
+        names = adapted(copy.deepcopy(model), targets)
         assert len(names) == count
         assert all("language_model" in name and "vision" not in name for name in names)

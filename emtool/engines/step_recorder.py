@@ -1,0 +1,65 @@
+"""The record of each training step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from emtool.core.events import EventSink, StepFinished
+from emtool.core.run_dir import RunFolder
+
+
+class StepRecorder(TrainerCallback):
+    """Writes a line of `metrics.jsonl` for each logged step and reports it.
+
+    Args:
+        run: The run folder; None reports only.
+        on_event: Where steps are reported.
+    """
+
+    #: Names in the Trainer's log, and in the record.
+    KEPT: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "learning_rate": "learning_rate",
+        "grad_norm": "grad_norm",
+        "num_input_tokens_seen": "num_tokens",
+        "epoch": "epoch",
+    }
+
+    def __init__(self, run: RunFolder | None, *, on_event: EventSink) -> None:
+        self._run = run
+        self._on_event = on_event
+        self._begun = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._begun = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record what the Trainer logged; values that are not finite are recorded as text."""
+        logs = logs or {}
+        kept = {name: _finite(logs[key]) for key, name in self.KEPT.items() if key in logs}
+        if self._run is not None and "loss" in logs:
+            if "num_tokens" in kept:
+                kept["num_tokens"] = int(logs["num_input_tokens_seen"])
+            seconds = round(time.monotonic() - self._begun, 3)
+            self._run.append_metrics({"step": state.global_step, "seconds": seconds, **kept})
+        if "loss" in logs:
+            self._on_event(StepFinished(step=state.global_step, loss=float(logs["loss"])))
+
+
+def _finite(value: Any) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
