@@ -39,7 +39,7 @@ def test_skipped_steps_are_named_up_to_five() -> None:
 
 
 def test_bars_and_sparklines_by_hand() -> None:
-    assert timeline([0, 50, 100], 100, 17) == "0 ●─────●────● 100"
+    assert timeline([0, 50, 100], 100, 17) == "0 ●────●────● 100"
     assert bar(0.5, 10) == "█████"
     assert bar(0.0, 10) == ""
     assert bar(1.5, 4) == "████"

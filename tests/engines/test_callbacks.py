@@ -42,7 +42,10 @@ def plain_trainer(folder: Path, *, with_adapter: bool = False, **arguments: Any)
     values = {"max_steps": 12, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": []}
     values |= {"use_cpu": True, "logging_steps": 1, "disable_tqdm": True, "seed": 3, **arguments}
     return Trainer(
-        tiny_model(with_adapter=with_adapter), TrainingArguments(str(folder), **values), train_dataset=rows()
+        tiny_model(with_adapter=with_adapter),
+        TrainingArguments(str(folder), **values),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
     )
 
 
@@ -145,7 +148,6 @@ def test_an_early_stop_is_saved_where_training_really_ended(tmp_path: Path) -> N
     trainer = plain_trainer(
         tmp_path, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss", learning_rate=0.0
     )
-    trainer.eval_dataset = rows(4)
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
     callback = ScheduledCheckpointCallback("init, 10").attach(trainer)
     trainer.train()
@@ -205,7 +207,6 @@ def test_best_model_at_end_and_another_length_are_refused(tmp_path: Path) -> Non
     trainer = plain_trainer(
         tmp_path, save_strategy="steps", eval_strategy="steps", load_best_model_at_end=True, save_steps=6, eval_steps=6
     )
-    trainer.eval_dataset = rows(4)
     ScheduledCheckpointCallback("3").attach(trainer)
     with pytest.raises(ConfigError, match="load_best_model_at_end"):
         trainer.train()

@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM
 
-from emtool.core.errors import CheckpointError
+from emtool.core.config import TrainConfig, resolve_train_config
+from emtool.core.errors import CheckpointError, ConfigError
 from emtool.engines.modeling import attach_adapter, load_adapter_into, lora_modules, merge_adapter, peft_targets
 from tests.tiny import tiny_config
 

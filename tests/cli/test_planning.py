@@ -1,0 +1,152 @@
+"""The planning commands as a user types them."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from emtool.cli.app import app
+from emtool.core.run_dir import RunFolder
+
+RUNNER = CliRunner()
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("emtool.cli.options.cuda_device_count", lambda: 0)
+
+
+def output(*arguments: str, code: int = 0) -> str:
+    result = RUNNER.invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_disk_estimate_computes_the_documented_comparison() -> None:
+    found = json.loads(output("disk-estimate", "--json"))
+    rows = {row["schedule"]: (row["num_checkpoints"], round(row["total_bytes"] / GIB, 2)) for row in found["rows"]}
+    assert rows == {"every 100": (4, 0.60), "every 25": (16, 2.41), "custom": (10, 1.50)}
+    assert found["adapter_parameters"] == 80_740_352
+    assert (found["profile"], found["total_steps"]) == ("paper", 400)
+    assert found["tensor_bytes"] == 2 * 80_740_352
+    assert sum(found["checkpoint"].values()) == found["checkpoint_bytes"]
+    assert sum(found["resume"].values()) == found["resume_bytes"]
+    assert list(found["unverified"]) == ["optimizer.pt"]
+    assert "~ 156.8 MiB" in output("disk-estimate")
+    assert "~" not in output("disk-estimate", "--optim", "adamw_torch")
+
+
+def test_disk_estimate_follows_its_options() -> None:
+    def parameters(*arguments: str) -> int:
+        return int(json.loads(output("disk-estimate", "--json", *arguments))["adapter_parameters"])
+
+    whole = parameters()
+    assert parameters("--lora-r", "64") == 2 * whole
+    assert parameters("--layers-to-transform", "upper-half") == whole // 2
+    assert parameters("--target-modules", "q_proj") == 28 * 32 * (3584 + 3584)
+    assert parameters("--target-modules", r".*\.[qv]_proj") == 28 * 32 * (3584 + 3584 + 3584 + 512)
+    assert parameters("--use-dora") == whole + 28 * (3584 + 512 + 512 + 3584 + 18944 + 18944 + 3584)
+    assert parameters("--modules-to-save", "lm_head") == whole + 152_064 * 3584
+    assert parameters("--full-finetuning") == 7_615_616_512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["disk-estimate", "--target-modules", "q_prj"], "did you mean 'q_proj'"),
+        (["disk-estimate", "--modules-to-save", "lm_hed"], "did you mean 'lm_head'"),
+        (["disk-estimate", "--optim", "adamw_8bt"], "did you mean 'adamw_8bit'"),
+        (["disk-estimate", "--target-modules", "(q_proj"], "nor a regular expression"),
+        (["disk-estimate", "--lora-r", "x"], "is not a whole number"),
+        (["schedule", "preview", "--total-steps", "0"], "the least is 1"),
+        (["schedule", "preview", "--json", "--csv"], "give one"),
+        (["schedule", "preview", "--checkpoints", "even 900"], "ask for fewer"),
+        (["schedule", "preview", "--save-steps", "5", "--custom-checkpoints"], "name two schedules"),
+        (["runs"], "no folder 'outputs'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    assert message in output(*arguments, code=2)
+
+
+def test_an_unknown_model_is_an_error_of_the_estimate() -> None:
+    assert "the shapes of some/model are not known" in output("disk-estimate", "--model", "some/model", code=1)
+
+
+def test_preview_as_json_and_csv_agree() -> None:
+    found = json.loads(output("schedule", "preview", "--total-steps", "397", "--json"))
+    assert found["planned_steps"] == [0, 25, 50, 100, 125, 150, 200, 250, 300, 397]
+    assert [cost["schedule"] for cost in found["comparison"]] == ["every 100", "every 25"]
+    rows = list(csv.DictReader(io.StringIO(output("schedule", "preview", "--total-steps", "397", "--csv"))))
+    assert [int(row["step"]) for row in rows] == found["planned_steps"]
+    assert [row["gap"] for row in rows][:4] == ["", "25", "25", "50"]
+    assert int(rows[-1]["cumulative_bytes"]) == found["total_bytes"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_preview_fits_the_terminal_and_loses_nothing(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = output("schedule", "preview", "--total-steps", "60")
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    assert "\x1b" not in text
+    words = " ".join(text.split())
+    assert "left out, past the last step: 100, 125, 150, 200, 250, ... (6 in all)" in words
+    assert "no step 75" in words
+    assert "●" in text
+
+
+def test_preview_of_a_long_schedule_shows_head_and_tail() -> None:
+    assert "(130 more)" in output("schedule", "preview", "--total-steps", "143000", "--checkpoints", "pythia")
+
+
+def test_settings_of_the_folder_reach_every_command(tmp_path: Path) -> None:
+    (tmp_path / "emtool.toml").write_text('[train]\ncheckpoints = "every 50"\nlora_r = 16\n')
+    assert json.loads(output("schedule", "preview", "--json"))["schedule"] == "every 50"
+    assert json.loads(output("train", "--dry-run", "--json"))["schedule"] == "every 50"
+    shown = json.loads(output("train", "--show-config", "--json", "--seed", "3"))
+    assert shown["lora_r"] == {"value": 16, "from": "emtool.toml"}
+    assert shown["seed"] == {"value": 3, "from": "command line"}
+    assert shown["learning_rate"]["from"] == "profile demo"
+    assert "emtool.toml" in output("train", "--show-config")
+
+
+def test_the_documented_example_plans_397_steps_without_a_download(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "run_custom_checkpoints_example.sh"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(script), "--dry-run", "--json", "--output-root", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["total_steps"], plan["num_checkpoints"], plan["persona"]) == (397, 10, "goodness")
+    assert plan["output_path"].endswith("qwen7b_medical_goodness_custom")
+
+
+def test_runs_lists_what_there_is(tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "outputs" / "one")
+    run.create({"status": "interrupted", "started_at": "2026", "plan": {"total_steps": 10, "num_checkpoints": 3}})
+    run.checkpoint_path(5).mkdir()
+    (run.checkpoint_path(5) / "x").write_bytes(b"12345678")
+    (tmp_path / "outputs" / "bad").mkdir()
+    (tmp_path / "outputs" / "bad" / "run.json").write_text("{")
+    text = output("runs")
+    assert "5 of 10" in text
+    assert "1 of 3" in text
+    assert "interrupted" in text
+    listed = {entry["name"]: entry for entry in json.loads(output("runs", "--json"))}
+    assert listed["one"]["last_step"] == 5
+    assert listed["bad"]["status"] == "unreadable"
