@@ -31,7 +31,7 @@ def main() -> None:
     """Measure and print a table."""
     commands = {name: [sys.executable, "-m", "emtool", *arguments] for name, arguments in COMMANDS.items()}
     seconds(IMPORT)
-    times: dict[str, list[float]] = {"import typer, rich.table": []} | {name: [] for name in commands}
+    times: dict[str, list[float]] = {name: [] for name in ("import typer, rich.table", *commands)}
     for _ in range(ROUNDS):
         times["import typer, rich.table"].append(seconds(IMPORT))
         for name, command in commands.items():

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "emtool"
 BELOW = {"core": {"core"}, "engines": {"core", "engines"}, "cli": {"core", "cli"}}
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets")
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "pydantic")
 
 
 def imports(path: Path, *, module_level_only: bool) -> set[str]:
@@ -40,7 +40,13 @@ def test_only_the_command_line_knows_typer_and_rich(layer: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--version"], ["train", "--custom-checkpoints", "--dry-run"], ["train", "--dry-run", "--profile", "paper"]],
+    [
+        ["--version"],
+        ["train", "--custom-checkpoints", "--dry-run"],
+        ["train", "--dry-run", "--profile", "paper"],
+        ["schedule", "preview", "--total-steps", "397"],
+        ["disk-estimate"],
+    ],
 )
 def test_planning_loads_no_part_of_the_torch_stack(arguments: list[str]) -> None:
     code = (
