@@ -150,3 +150,24 @@ def test_runs_lists_what_there_is(tmp_path: Path) -> None:
     listed = {entry["name"]: entry for entry in json.loads(output("runs", "--json"))}
     assert listed["one"]["last_step"] == 5
     assert listed["bad"]["status"] == "unreadable"
+
+
+GOLDEN = Path(__file__).parent / "golden"
+VIEWS = {
+    "preview": ["schedule", "preview", "--profile", "paper", "--total-steps", "397"],
+    "disk_estimate": ["disk-estimate"],
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("view", sorted(VIEWS))
+def test_tables_are_the_golden_text(view: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change on purpose, read the new text and write it: EMTOOL_WRITE_GOLDEN=1 pytest tests/cli."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("emtool.core.plan.free_bytes", lambda path: 100 * GIB)
+    text = "".join(f"{line.rstrip()}\n" for line in output(*VIEWS[view]).splitlines())
+    path = GOLDEN / f"{view}_{width}.txt"
+    if os.environ.get("EMTOOL_WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")

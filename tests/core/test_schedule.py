@@ -253,3 +253,20 @@ def test_any_text_gives_a_schedule_or_a_config_error(text: str) -> None:
     except ConfigError as error:
         refusal = str(error)
     assert "\n" not in refusal
+
+
+def test_gpt_neox_examples_of_linear_and_logarithmic_factors() -> None:
+    """Source: GPT-NeoX, configs/neox_arguments.md, `checkpoint_factor` with `train_iters` 100."""
+    assert planned("every 20", 100) == [20, 40, 60, 80, 100]
+    assert planned("pow2", 100) == [1, 2, 4, 8, 16, 32, 64, 100]
+
+
+@settings(max_examples=200, deadline=None)
+@given(factor=st.integers(1, 300), total=st.integers(1, 1000))
+def test_every_follows_the_linear_rule_of_gpt_neox(factor: int, total: int) -> None:
+    """The factor is added until the last step, which is always saved."""
+    steps, step = set(), factor
+    while step < total:
+        steps.add(step)
+        step += factor
+    assert planned(f"every {factor}", total) == sorted({*steps, total})

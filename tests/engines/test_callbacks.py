@@ -216,6 +216,7 @@ def test_best_model_at_end_and_another_length_are_refused(tmp_path: Path) -> Non
         trainer.train()
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_the_example_in_the_docs_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
