@@ -171,6 +171,19 @@ def test_a_missing_planned_milestone_fails_loudly(tiny_model: Path, dataset_file
         check_saved(result.run, plan, final_step=11)
 
 
+def test_a_save_that_would_not_fit_stops_the_run_unless_told_otherwise(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emtool.engines.checkpointing.free_bytes", lambda path: 1000)
+    plan, rows = plan_for(tiny_model, dataset_file, tmp_path)
+    with pytest.raises(DiskSpaceError, match=r"saving step 0 needs .* and .* has 1000 B free; .* --allow-low-disk"):
+        train(plan, rows, command=["emtool", "train"])
+    assert RunFolder(path=plan.output_path).read_manifest()["status"] == "failed"
+    assert not list(plan.output_path.glob("*checkpoint*"))
+    shutil.rmtree(plan.output_path)
+    assert train(plan, rows, command=["emtool", "train"], check_disk=False).saved_steps == [0, 4, 8, 11]
+
+
 def test_a_full_disk_keeps_the_earlier_milestones(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
     """The limit on file sizes stands in for a full disk: the writes themselves fail, at step 8."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
