@@ -13,7 +13,7 @@ if [ "${1:-}" = --all ]; then
     shift
     selection=(-m "not gpu and not network")
 fi
-echo "emtool tests: installation (2 minutes, once), lint, types, tests (2 minutes; with --all 5)."
+echo "emtool tests: installation (2 minutes, once), lint, types, tests (5 minutes; with --all 7)."
 setup_env dev
 say "ruff"
 .venv/bin/ruff format --check --quiet .
