@@ -116,8 +116,10 @@ def read_settings(
     """
     given = {(renamed or {}).get(name, name): value for name, value in context.params.items()}
     known = {name for name in TrainConfig.__dataclass_fields__ if name not in SCHEDULE_KEYS}
-    # A flag that is off was not given.
-    values = {name: value for name, value in given.items() if name in known and value not in (None, False)}
+    # A flag that is off was not given; a number 0, which equals False, was.
+    values = {
+        name: value for name, value in given.items() if name in known and value is not None and value is not False
+    }
     if isinstance(modules := values.get("modules_to_save"), str):
         values["modules_to_save"] = tuple(part for part in modules.split(",") if part)
     if (schedule := schedule_option(given, name=lambda key: f"--{key.replace('_', '-')}")) is not None:

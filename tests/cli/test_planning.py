@@ -120,6 +120,15 @@ def test_settings_of_the_folder_reach_every_command(tmp_path: Path) -> None:
     assert "emtool.toml" in output("train", "--show-config")
 
 
+def test_zero_is_a_value_and_a_flag_that_is_off_is_not(tmp_path: Path) -> None:
+    (tmp_path / "emtool.toml").write_text("[train]\nseed = 5\nwarmup_steps = 9\nuse_dora = true\n")
+    shown = json.loads(output("train", "--show-config", "--json", "--seed", "0", "--warmup-steps", "0"))
+    assert shown["seed"] == {"value": 0, "from": "command line"}
+    assert shown["warmup_steps"] == {"value": 0, "from": "command line"}
+    assert shown["use_dora"] == {"value": True, "from": "emtool.toml"}
+    assert "--lora-r is 0" in output("disk-estimate", "--lora-r", "0", code=2)
+
+
 def test_the_documented_example_plans_397_steps_without_a_download(tmp_path: Path) -> None:
     script = ROOT / "scripts" / "run_custom_checkpoints_example.sh"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
