@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emtool.cli.plan_view import cost_table, facts_table, profile_line
+from emtool.cli.plan_view import cost_table, facts_table, profile_line, verdict
 from emtool.cli.render import plain_table
 from emtool.core.disk import format_bytes
 from emtool.core.estimate import CheckpointEstimate
@@ -99,8 +99,7 @@ def _space(plan: RunPlan, estimate: CheckpointEstimate) -> Iterator[tuple[str, s
     assert plan.peak_bytes is not None
     yield "the run", f"{_size(plan.total_bytes, is_doubtful=doubtful)}: {plan.num_checkpoints:,} checkpoints"
     yield "at its peak", _size(plan.peak_bytes, is_doubtful=doubtful)
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield "free", f"{format_bytes(plan.free_bytes)} for {plan.output_path.parent}: {verdict}"
+    yield "free", f"{format_bytes(plan.free_bytes)} for {plan.output_path.parent}: {verdict(plan)}"
 
 
 def _size(count: int, *, is_doubtful: bool) -> str:

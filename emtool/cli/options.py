@@ -44,10 +44,6 @@ def _check_device(value: str | None) -> str | None:
     return value
 
 
-def _names(value: str | None) -> str | None:
-    return None if value is None else ",".join(part.strip() for part in value.split(","))
-
-
 def _option(text: str, panel: str | None = None) -> typer.models.OptionInfo:
     option: typer.models.OptionInfo = typer.Option(help=text, rich_help_panel=panel)
     return option
@@ -95,10 +91,7 @@ TargetModules = Annotated[
     _option("Layers to adapt: all-linear, names joined by commas, or a regular expression for whole names.", HYPER),
 ]
 LayersToTransform = Annotated[str | None, _option("Decoder blocks with an adapter: all, upper-half or 15-29.", HYPER)]
-ModulesToSave = Annotated[
-    str | None,
-    typer.Option(callback=_names, help="Modules trained and saved whole, joined by commas.", rich_help_panel=HYPER),
-]
+ModulesToSave = Annotated[str | None, _option("Modules trained and saved whole, joined by commas.", HYPER)]
 
 
 def read_settings(
@@ -121,7 +114,7 @@ def read_settings(
         name: value for name, value in given.items() if name in known and value is not None and value is not False
     }
     if isinstance(modules := values.get("modules_to_save"), str):
-        values["modules_to_save"] = tuple(part for part in modules.split(",") if part)
+        values["modules_to_save"] = tuple(part.strip() for part in modules.split(",") if part.strip())
     if (schedule := schedule_option(given, name=lambda key: f"--{key.replace('_', '-')}")) is not None:
         values["checkpoints"] = schedule
     num_cuda_devices = cuda_device_count()

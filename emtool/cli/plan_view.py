@@ -140,8 +140,12 @@ def disk_line(plan: RunPlan) -> str:
     if plan.total_bytes is None:
         return f"size not known before the model is on this machine; {format_bytes(plan.free_bytes)} free"
     tokenizer = "" if plan.shared_bytes else " and the tokenizer once"
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    return f"{format_bytes(plan.total_bytes)} in all{tokenizer}; {format_bytes(plan.free_bytes)} free: {verdict}"
+    return f"{format_bytes(plan.total_bytes)} in all{tokenizer}; {format_bytes(plan.free_bytes)} free: {verdict(plan)}"
+
+
+def verdict(plan: RunPlan) -> str:
+    """Return whether a run of known size fits."""
+    return "fits" if plan.fits else "DOES NOT FIT"
 
 
 def saved_table(run: RunFolder) -> RenderableType:

@@ -5,12 +5,13 @@ The plan reads this for the bytes, and training for the layers, so they cannot d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emtool.core.architecture import ModelShapes, Parameter
+from emtool.core.architecture import BLOCK_NUMBER, ModelShapes, Parameter
 from emtool.core.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ BIASES = ("none", "all", "lora_only")
 LORA_DTYPE = "float32"
 
 _NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
-_BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Return the number of values."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 def adapter_tensors(shapes: ModelShapes, config: TrainConfig) -> list[Tensor]:
@@ -108,7 +105,7 @@ def select_modules(
     selected = [
         name
         for name in matched
-        if (blocks is None or ((block := _BLOCK.search(name)) is not None and int(block[1]) in blocks))
+        if (blocks is None or ((block := BLOCK_NUMBER.search(name)) is not None and int(block[1]) in blocks))
         and not any(pattern.match(name) for pattern in whole)
     ]
     if not selected:

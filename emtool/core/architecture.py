@@ -6,6 +6,8 @@ family, write its entry in `FAMILIES`; `tests/core/test_architecture.py` compare
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +17,9 @@ from emtool.core.errors import ConfigError
 #: What a parameter belongs to: a linear layer of the language model that an adapter can attach to, the output head,
 #: an embedding, or anything else (norms, biases, a vision tower).
 LINEAR, HEAD, EMBEDDING, OTHER = "linear", "head", "embedding", "other"
+
+#: The number of the decoder block in the name of a module.
+BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 
 Config = Mapping[str, object]
 
@@ -38,10 +43,7 @@ class Parameter:
     @property
     def size(self) -> int:
         """Return the number of values."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
     @property
     def module(self) -> str:

@@ -11,7 +11,16 @@ import json
 import re
 from pathlib import Path
 
-from emtool.core.architecture import EMBEDDING, HEAD, LINEAR, OTHER, ModelShapes, Parameter, shapes_from_config
+from emtool.core.architecture import (
+    BLOCK_NUMBER,
+    EMBEDDING,
+    HEAD,
+    LINEAR,
+    OTHER,
+    ModelShapes,
+    Parameter,
+    shapes_from_config,
+)
 from emtool.core.errors import ModelError
 from emtool.core.models import ModelReference
 
@@ -20,7 +29,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 _HEADS = ("lm_head", "embed_out", "output")
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^word_embeddings$")
-_BLOCK = re.compile(r"\.(\d+)\.")
 _TEXT_ONLY = re.compile(r"vision|visual|audio|multi_modal|image")
 
 
@@ -54,7 +62,7 @@ def shapes_from_weights(folder: Path) -> ModelShapes | None:
     if not shapes:
         return None
     parameters = tuple(Parameter(name=name, shape=shape, kind=_kind(name, shape)) for name, shape in shapes.items())
-    blocks = {int(match[1]) for p in parameters if p.kind == LINEAR and (match := _BLOCK.search(p.name))}
+    blocks = {int(match[1]) for p in parameters if p.kind == LINEAR and (match := BLOCK_NUMBER.search(p.name))}
     return ModelShapes(
         parameters=parameters, num_blocks=len(blocks), source="the headers of its safetensors files", is_exact=False
     )
