@@ -31,7 +31,8 @@ from emtool.cli.options import (
 )
 from emtool.cli.output import data, print_json, shapes_by_library
 from emtool.core.errors import ModelError
-from emtool.core.plan import DiskOptions, compare_schedules, plan_run
+from emtool.core.plan import DiskOptions, plan_run
+from emtool.core.run_plan import compare_schedules
 
 #: The documented comparison: the published setting at 400 steps.
 DEFAULTS = {"profile": "paper", "max_steps": 400, "checkpoints": "custom"}

@@ -12,7 +12,7 @@ from emtool.cli.plan_view import cost_table, facts_table, profile_line, verdict
 from emtool.cli.render import plain_table
 from emtool.core.disk import format_bytes
 from emtool.core.estimate import CheckpointEstimate
-from emtool.core.plan import RunPlan, ScheduleCost
+from emtool.core.run_plan import RunPlan, ScheduleCost
 
 
 def disk_view(plan: RunPlan, estimate: CheckpointEstimate, rows: Sequence[ScheduleCost]) -> RenderableType:

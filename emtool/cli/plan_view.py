@@ -12,8 +12,8 @@ from rich.text import Text
 from emtool.cli.render import number_table, plain_table, shorten, timeline
 from emtool.core.disk import byte_unit, folder_bytes, format_bytes
 from emtool.core.personas import BASELINE
-from emtool.core.plan import RunPlan, ScheduleCost
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_plan import RunPlan, ScheduleCost
 from emtool.core.settings import Settings
 
 #: Columns that a narrower terminal does without.
@@ -238,6 +238,11 @@ def _note_texts(plan: RunPlan, obstacle: str | None) -> Iterator[str]:
         yield f"{plan.total_steps} step(s) with a warm-up of {plan.config.warmup_steps}: the learning rate stays low"
     if plan.estimate is not None and (doubt := plan.estimate.doubts.get(plan.estimate.weights_file)):
         yield f"bytes are approximate: {doubt}"
+    if plan.estimate is not None and plan.estimate.splits_tied_weights:
+        yield (
+            "the input embedding and the output head share their values in this model, and only one is trained "
+            "(--modules-to-save): they differ from the first step on"
+        )
     if obstacle is not None:
         yield f"cannot start here: {obstacle}"
     if plan.schedule.source == "custom":

@@ -33,7 +33,8 @@ from emtool.cli.output import data, print_json, shapes_by_library
 from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.cli.plan_view import preview_view, step_rows
 from emtool.core.errors import ConfigError
-from emtool.core.plan import RunPlan, compare_schedules, plan_run
+from emtool.core.plan import plan_run
+from emtool.core.run_plan import RunPlan, compare_schedules
 
 #: What `train` saves differs; a preview shows the documented schedule unless told.
 DEFAULTS = {"checkpoints": "custom"}

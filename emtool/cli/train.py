@@ -41,7 +41,8 @@ from emtool.core.data import Conversation
 from emtool.core.errors import ConfigError, DataError
 from emtool.core.finished import finished_run
 from emtool.core.hardware import select_device
-from emtool.core.plan import RunPlan, plan_run
+from emtool.core.plan import plan_run
+from emtool.core.run_plan import RunPlan
 from emtool.core.settings import Settings
 
 

@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 LORA_DTYPE = "float32"
 
-_NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
+_NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _matched(linear: Sequence[str], target_modules: str) -> Sequence[str]:
         return linear
     endings = sorted({name.rpartition(".")[2] for name in linear})
     if _NAMES.fullmatch(target_modules):
-        targets = target_modules.split(",")
+        targets = [name.strip() for name in target_modules.split(",")]
         for target in targets:
             if not any(_ends_with(name, target) for name in linear):
                 raise unknown_name("target module", target, endings, f"'{ALL_LINEAR}' or a regular expression")

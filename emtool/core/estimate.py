@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emtool.core.adapter import Tensor, adapter_tensors
-from emtool.core.architecture import ModelShapes
+from emtool.core.architecture import EMBEDDING, ModelShapes
 from emtool.core.file_sizes import safetensors_bytes, tensor_bytes
 from emtool.core.optimizers import OPTIMIZERS, optimizer_file_bytes
 
@@ -43,6 +43,8 @@ class CheckpointEstimate:
         tensor_bytes: Values of a milestone's weights, without the header of their file.
         shapes_source: Where the shapes were read.
         doubts: What could not be verified, a line each, by the file that it concerns.
+        splits_tied_weights: Whether a whole module to train shares its values with one that is not trained: PEFT
+            trains a copy, and the two differ from then on.
     """
 
     checkpoint: Mapping[str, int]
@@ -51,6 +53,7 @@ class CheckpointEstimate:
     tensor_bytes: int
     shapes_source: str
     doubts: Mapping[str, str] = field(default_factory=dict)
+    splits_tied_weights: bool = False
 
     @property
     def weights_file(self) -> str:
@@ -117,7 +120,15 @@ def estimate_checkpoint(
         tensor_bytes=tensor_bytes(trained, dtype=config.save_dtype),
         shapes_source=shapes.source,
         doubts=dict(_doubts(shapes, config, weights)),
+        splits_tied_weights=not full_finetuning and _splits_tied_weights(shapes, trained),
     )
+
+
+def _splits_tied_weights(shapes: ModelShapes, trained: Sequence[Tensor]) -> bool:
+    if not any(p.is_tied for p in shapes.parameters):
+        return False
+    trained_names = {tensor.name.removeprefix("base_model.model.") for tensor in trained}
+    return len({p.name in trained_names for p in shapes.parameters if p.is_tied or p.kind == EMBEDDING}) > 1
 
 
 def _doubts(shapes: ModelShapes, config: TrainConfig, weights: str) -> Iterator[tuple[str, str]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError
-from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder, free_name
+from emtool.core.run_plan import RunPlan
 
 
 def finished_run(plan: RunPlan) -> RunFolder | None:

@@ -83,7 +83,7 @@ class ScheduledCheckpointCallback(TrainerCallback):
         if self._save is None:
             self._check(args, state)
         if state.global_step == 0 and 0 in self.compiled.planned_steps:
-            self._save_now(args, state, control)
+            self._save_now(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the step that has just ended if it is scheduled: the Trainer does so once it has logged the step."""
@@ -91,12 +91,10 @@ class ScheduledCheckpointCallback(TrainerCallback):
         if state.global_step not in self.compiled.planned_steps:
             return
         if self._save is not None:
-            self._save_now(args, state, control)
-        elif not _checkpoint_path(args, state).exists():
+            self._save_now(args, state)
+        elif not _is_kept(args, state):
             self._stage(args, state)
             control.should_save = True
-        else:
-            logger.warning("%s is there already and is kept", _checkpoint_path(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish what the Trainer has just saved."""
@@ -115,7 +113,7 @@ class ScheduledCheckpointCallback(TrainerCallback):
         if self._save is None and self._trainer is None:
             logger.warning("training ended at step %d, which is not saved: call attach(trainer) before training", step)
             return
-        self._save_now(args, state, control)
+        self._save_now(args, state)
 
     def _compile(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> CompiledSchedule:
         if isinstance(self.schedule, CheckpointSchedule):
@@ -152,17 +150,13 @@ class ScheduledCheckpointCallback(TrainerCallback):
                 "there): choose another output_dir, or train with resume_from_checkpoint=True"
             )
 
-    def _save_now(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    def _save_now(self, args: TrainingArguments, state: TrainerState) -> None:
         if self._save is not None:
             self._save(state.global_step)
             self.saved_steps.append(state.global_step)
             return
         assert self._trainer is not None
-        if _checkpoint_path(args, state).exists():
-            logger.warning(
-                "%s is there already and is kept; another training needs another output_dir",
-                _checkpoint_path(args, state),
-            )
+        if _is_kept(args, state):
             return
         self._stage(args, state)
         self._trainer._save_checkpoint(self._trainer.model, trial=None)
@@ -218,6 +212,14 @@ class _StagedSave:
 
 def _checkpoint_path(args: TrainingArguments, state: TrainerState, step: int | None = None) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step if step is None else step}"
+
+
+def _is_kept(args: TrainingArguments, state: TrainerState) -> bool:
+    path = _checkpoint_path(args, state)
+    if path.exists():
+        logger.warning("%s is there already and is kept; another training needs another output_dir", path)
+        return True
+    return False
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

@@ -13,8 +13,8 @@ from typing import Any
 import emtool
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError, DiskSpaceError, Interrupted
-from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_plan import RunPlan
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "tokenizers")
 

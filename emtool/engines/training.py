@@ -16,8 +16,8 @@ from emtool.core.errors import CheckpointError, DataError
 from emtool.core.events import CheckpointSaved, EventSink, Notice, PhaseStarted, ignore_events
 from emtool.core.interrupts import interruptible
 from emtool.core.personas import resolve_persona
-from emtool.core.plan import RunPlan
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_plan import RunPlan
 from emtool.engines.callbacks import ScheduledCheckpointCallback
 from emtool.engines.checkpointing import MilestoneWriter
 from emtool.engines.encoding import Encoded, encode_dataset, encode_row

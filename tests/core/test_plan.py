@@ -141,3 +141,30 @@ def test_a_schedule_of_absurd_length_is_refused_at_once(overrides: dict[str, Any
     config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
     with pytest.raises(ConfigError, match="more than 100,000 checkpoints"):
         plan_run(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "modules", "expected"),
+    [
+        ("smollm2-135m", ("embed_tokens",), True),
+        ("smollm2-135m", ("lm_head",), True),
+        ("smollm2-135m", ("embed_tokens", "lm_head"), False),
+        ("smollm2-135m", (), False),
+        ("qwen2.5-7b", ("embed_tokens",), False),
+    ],
+)
+def test_a_plan_knows_when_tied_weights_would_part(model: str, modules: tuple[str, ...], *, expected: bool) -> None:
+    overrides = {"model": model, "modules_to_save": modules}
+    plan, _ = plan_run(resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0))
+    assert plan.estimate is not None
+    assert plan.estimate.splits_tied_weights is expected
+
+
+def test_target_names_may_have_spaces_after_their_commas() -> None:
+    def parameters(targets: str) -> int:
+        overrides = {"target_modules": targets, "model": "qwen2.5-7b"}
+        plan, _ = plan_run(resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0))
+        assert plan.estimate is not None
+        return plan.estimate.num_trainable_parameters
+
+    assert parameters("q_proj, v_proj") == parameters("q_proj,v_proj")

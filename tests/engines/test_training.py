@@ -18,8 +18,9 @@ from emtool.core.data import Message
 from emtool.core.errors import CheckpointError, DataError, DiskSpaceError, ModelError
 from emtool.core.events import CheckpointSaved, Event, StepFinished
 from emtool.core.models import resolve_model
-from emtool.core.plan import RunPlan, plan_run
+from emtool.core.plan import plan_run
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_plan import RunPlan
 from emtool.core.schedule import CheckpointSchedule
 from emtool.engines.callbacks import ScheduledCheckpointCallback
 from emtool.engines.checkpointing import MilestoneWriter, read_checkpoint

@@ -1,0 +1,196 @@
+"""What a run will do, in numbers. `emtool.core.plan` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from emtool.core.config import TrainConfig
+from emtool.core.data import DatasetReference
+from emtool.core.disk import format_bytes
+from emtool.core.errors import DiskSpaceError
+from emtool.core.estimate import CheckpointEstimate
+from emtool.core.models import ModelReference
+from emtool.core.schedule import CheckpointSchedule, CompiledSchedule
+
+#: Schedules that every other one is compared with.
+COMPARED = ("every 100", "every 25")
+#: Resume states on disk at the worst moment. This version of the run writes milestones only.
+NUM_RESUME_STATES = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleCost:
+    """What a run would take on disk with another schedule.
+
+    Attributes:
+        schedule: The schedule in normal form.
+        num_checkpoints: Milestones that it saves.
+        total_bytes: Size of the finished run folder; None where the shapes are not known.
+    """
+
+    schedule: str
+    num_checkpoints: int
+    total_bytes: int | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the cost as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        config: The resolved configuration.
+        model: The base model.
+        dataset: The dataset.
+        output_path: The run folder.
+        num_rows: Rows of the dataset.
+        num_held_out_rows: Rows kept for the held-out loss.
+        steps_per_epoch: Optimizer steps of an epoch.
+        schedule: Steps to save.
+        estimate: Bytes of a milestone and of a resume state; None where the shapes are not known yet.
+        shared_bytes: Tokenizer files, stored once; None where they are not known yet.
+        free_bytes: Free space of the run folder's file system.
+    """
+
+    config: TrainConfig
+    model: ModelReference
+    dataset: DatasetReference
+    output_path: Path
+    num_rows: int
+    num_held_out_rows: int
+    steps_per_epoch: int
+    schedule: CompiledSchedule
+    estimate: CheckpointEstimate | None
+    shared_bytes: int | None
+    free_bytes: int
+
+    @property
+    def num_train_rows(self) -> int:
+        """Return the rows that are trained on."""
+        return self.num_rows - self.num_held_out_rows
+
+    @property
+    def total_steps(self) -> int:
+        """Return the optimizer steps of the run."""
+        return self.schedule.total_steps
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Return the number of milestones."""
+        return len(self.schedule.planned_steps)
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """Return the size of a milestone without the files it shares."""
+        return None if self.estimate is None else self.estimate.checkpoint_bytes
+
+    @property
+    def resume_bytes(self) -> int | None:
+        """Return the size of a state that a Trainer resumes from."""
+        return None if self.estimate is None else self.estimate.resume_bytes
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Return the projected size of the finished run folder."""
+        return self.bytes_after(self.num_checkpoints)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Return the most that the run folder holds at any time."""
+        if self.estimate is None:
+            return None
+        return (self.total_bytes or 0) + NUM_RESUME_STATES * self.estimate.resume_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Return whether the peak fits in the free space; None where the peak is not known."""
+        return None if self.peak_bytes is None else self.peak_bytes <= self.free_bytes
+
+    def bytes_after(self, num_checkpoints: int) -> int | None:
+        """Return the size of the run folder once a number of milestones is saved; None where it is not known."""
+        if self.estimate is None:
+            return None
+        return num_checkpoints * self.estimate.checkpoint_bytes + (self.shared_bytes or 0)
+
+    def cost_of(self, schedule: str) -> ScheduleCost:
+        """Return what the same run would take with another schedule.
+
+        Args:
+            schedule: The schedule's text.
+        """
+        compiled = CheckpointSchedule.parse(schedule).compile(self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        count = len(compiled.planned_steps)
+        return ScheduleCost(schedule=compiled.source, num_checkpoints=count, total_bytes=self.bytes_after(count))
+
+    def check_fits(self) -> None:
+        """Refuse a run whose peak does not fit in the free space.
+
+        Raises:
+            DiskSpaceError: Says by how much, and what would help.
+        """
+        if self.fits is not False:
+            return
+        assert self.peak_bytes is not None
+        raise DiskSpaceError(
+            f"the run needs {format_bytes(self.peak_bytes)} and {self.output_path.parent} has "
+            f"{format_bytes(self.free_bytes)} free, {format_bytes(self.peak_bytes - self.free_bytes)} too little; "
+            + "; ".join(self._remedies())
+        )
+
+    def _remedies(self) -> Iterator[str]:
+        assert self.estimate is not None
+        assert self.peak_bytes is not None
+        if self.config.save_dtype == "float32":
+            halved = self.peak_bytes - self.num_checkpoints * self.estimate.tensor_bytes // 2
+            yield f"--save-dtype bfloat16 would need {format_bytes(halved)}"
+        room = max(0, self.free_bytes - (self.shared_bytes or 0)) // self.estimate.checkpoint_bytes
+        if room:
+            yield f"{room} of the {self.num_checkpoints} checkpoints would fit (--save-steps, --checkpoints)"
+        yield "--output-root takes a folder on another disk; --allow-low-disk starts all the same"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the plan under the names that every emtool command uses in JSON."""
+        return {
+            "profile": self.config.profile,
+            "profile_reason": self.config.profile_reason,
+            "model": self.model.name,
+            "dataset": self.dataset.name,
+            "persona": self.config.persona,
+            "optimizer": self.config.optim,
+            "dtype": self.config.dtype,
+            "save_dtype": self.config.save_dtype,
+            "device": self.config.device,
+            "output_path": str(self.output_path),
+            "num_rows": self.num_rows,
+            "num_train_rows": self.num_train_rows,
+            "num_held_out_rows": self.num_held_out_rows,
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "schedule": self.schedule.source,
+            "planned_steps": list(self.schedule.planned_steps),
+            "skipped_steps": list(self.schedule.skipped_steps),
+            "num_checkpoints": self.num_checkpoints,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "shared_bytes": self.shared_bytes,
+            "resume_bytes": self.resume_bytes,
+            "peak_bytes": self.peak_bytes,
+            "total_bytes": self.total_bytes,
+            "free_bytes": self.free_bytes,
+            "fits": self.fits,
+        }
+
+
+def compare_schedules(plan: RunPlan, *, with_own: bool = False) -> list[ScheduleCost]:
+    """Return what the documented schedules would take for the same run.
+
+    Args:
+        plan: The plan.
+        with_own: Whether the custom schedule and the plan's own are compared as well, the latter last if it is new.
+    """
+    texts = [*COMPARED, *(["custom", plan.schedule.source] if with_own else [])]
+    return [plan.cost_of(text) for text in dict.fromkeys(texts)]
