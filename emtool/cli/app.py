@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -14,6 +16,19 @@ from emtool.cli.output import one_line, talk
 from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.core.errors import EmtoolError, Interrupted, PointedError, unknown_name
 from emtool.core.interrupts import interruptible
+
+#: What a folder or a disk may refuse at any place that is looked at.
+_ENVIRONMENT = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+)
 
 
 class BoundaryGroup(PlainGroup):
@@ -39,6 +54,7 @@ class BoundaryGroup(PlainGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit with its code; what a user can mend is one line, a bug keeps its traceback."""
         kwargs["standalone_mode"] = False
+        _tolerate_encodings()
         try:
             with interruptible():
                 result = super().main(*args, **kwargs)
@@ -53,9 +69,24 @@ class BoundaryGroup(PlainGroup):
             if problem:
                 _fail(f"{problem}. Run with --help to see what is allowed.", error.exit_code)
             sys.exit(error.exit_code)
+        except OSError as error:
+            _fail_on_environment(error)
         except typer.Abort:
             _fail("aborted", 1)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _tolerate_encodings() -> None:
+    """Let a terminal that lacks a character show a question mark in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _fail_on_environment(error: OSError) -> None:
+    if error.errno not in _ENVIRONMENT:
+        raise error
+    _fail(f"cannot use {error.filename or 'the output'}: {error.strerror}", 1)
 
 
 def _fail(message: str, exit_code: int, *, below: str = "") -> None:

@@ -8,7 +8,9 @@ import typer
 
 from emtool.cli.disk_view import disk_view
 from emtool.cli.options import (
+    AccumulationSteps,
     AsJson,
+    BatchSize,
     Checkpoints,
     CustomCheckpoints,
     Dataset,
@@ -18,6 +20,7 @@ from emtool.cli.options import (
     LoraR,
     Model,
     ModulesToSave,
+    NumTrainEpochs,
     Optim,
     OutputRoot,
     Profile,
@@ -27,6 +30,7 @@ from emtool.cli.options import (
     TargetModules,
     TotalSteps,
     UseDora,
+    check_steps_per_epoch,
     read_settings,
 )
 from emtool.cli.output import data, print_json, shapes_by_library
@@ -35,7 +39,8 @@ from emtool.core.plan import DiskOptions, plan_run
 from emtool.core.run_plan import compare_schedules
 
 #: The documented comparison: the published setting at 400 steps.
-DEFAULTS = {"profile": "paper", "max_steps": 400, "checkpoints": "custom"}
+DEFAULTS = {"profile": "paper", "checkpoints": "custom"}
+DEFAULT_STEPS = 400
 
 
 def disk_estimate(
@@ -58,6 +63,9 @@ def disk_estimate(
     save_steps: SaveSteps = None,
     checkpoints: Checkpoints = None,
     save_dtype: SaveDtype = None,
+    num_train_epochs: NumTrainEpochs = None,
+    per_device_train_batch_size: BatchSize = None,
+    gradient_accumulation_steps: AccumulationSteps = None,
     optim: Optim = None,
     lora_r: LoraR = None,
     lora_bias: LoraBias = None,
@@ -67,7 +75,10 @@ def disk_estimate(
     modules_to_save: ModulesToSave = None,
 ) -> None:
     """Show what a checkpoint and a run take on disk. Without options: the published setting at 400 steps."""
-    settings, _ = read_settings(context, defaults=DEFAULTS, renamed={"total_steps": "max_steps"})
+    check_steps_per_epoch(steps_per_epoch, total_steps)
+    settings, _ = read_settings(
+        context, defaults=DEFAULTS, default_steps=DEFAULT_STEPS, renamed={"total_steps": "max_steps"}
+    )
     plan, _ = plan_run(
         settings.config,
         steps_per_epoch=steps_per_epoch,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from emtool.cli.plan_view import cost_table, facts_table, profile_line, verdict
+from emtool.cli.plan_view import NARROW, cost_table, facts_table, profile_line, verdict
 from emtool.cli.render import plain_table
 from emtool.core.disk import format_bytes
 from emtool.core.estimate import CheckpointEstimate
@@ -29,9 +28,9 @@ def disk_view(plan: RunPlan, estimate: CheckpointEstimate, rows: Sequence[Schedu
         "",
         cost_table(rows, chosen=plan.schedule.source, doubtful=estimate.weights_file in estimate.doubts),
         "",
-        _files("one checkpoint", _checkpoint_rows(plan, estimate)),
+        _Files("one checkpoint", _checkpoint_rows(plan, estimate)),
         "",
-        _files("the state to resume from", _resume_rows(plan, estimate)),
+        _Files("the state to resume from", _resume_rows(plan, estimate)),
         "",
         facts_table(dict(_space(plan, estimate))),
         *notes,
@@ -47,7 +46,8 @@ def _checkpoint_rows(plan: RunPlan, estimate: CheckpointEstimate) -> Iterator[tu
     if plan.shared_bytes is None:
         yield "tokenizer", "not counted", "not on this machine; stored once a run"
     else:
-        yield "tokenizer", format_bytes(plan.shared_bytes), "stored once a run, not once a checkpoint"
+        once = "in every checkpoint" if estimate.has_own_tokenizer else "stored once a run, not once a checkpoint"
+        yield "tokenizer", format_bytes(plan.shared_bytes), once
 
 
 def _resume_rows(plan: RunPlan, estimate: CheckpointEstimate) -> Iterator[tuple[str, str, str]]:
@@ -83,14 +83,25 @@ def _facts(plan: RunPlan, estimate: CheckpointEstimate) -> dict[str, str]:
     }
 
 
-def _files(title: str, rows: Iterable[tuple[str, str, str]]) -> Table:
-    table = plain_table()
-    table.add_column(title, no_wrap=True, min_width=24)
-    table.add_column("bytes", justify="right", no_wrap=True, min_width=11)
-    table.add_column("", overflow="fold", style="dim")
-    for name, size, remark in rows:
-        table.add_row(name, size, remark, style="bold" if name == "together" else "")
-    return table
+class _Files:
+    """Parts of a folder and their bytes; a narrow terminal gets no remarks."""
+
+    def __init__(self, title: str, rows: Iterable[tuple[str, str, str]]) -> None:
+        self._title = title
+        self._rows = list(rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table for the width at hand."""
+        has_remarks = options.max_width > NARROW
+        table = plain_table()
+        table.add_column(self._title, no_wrap=True, min_width=24)
+        table.add_column("bytes", justify="right", no_wrap=True, min_width=11)
+        if has_remarks:
+            table.add_column("", overflow="fold", style="dim")
+        for name, size, remark in self._rows:
+            cells = (name, size, remark) if has_remarks else (name, size)
+            table.add_row(*cells, style="bold" if name == "together" else "")
+        yield table
 
 
 def _space(plan: RunPlan, estimate: CheckpointEstimate) -> Iterator[tuple[str, str]]:

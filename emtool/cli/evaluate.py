@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emtool.cli.evaluation_view import evaluation_view
-from emtool.cli.options import Device, Dtype, OutputRoot
+from emtool.cli.options import Device, Dtype, OutputRoot, output_root_of
 from emtool.cli.output import data, print_json, progress, quiet_libraries, talk
 from emtool.core.hardware import select_device
 from emtool.core.run_dir import RunFolder, newest_run
@@ -26,7 +26,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Write the summary to stdout as JSON.")] = False,
 ) -> None:
     """Score every checkpoint of a run: which of two matched answers does it find likelier?"""
-    run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root or Path("outputs"))
+    run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root_of(output_root))
     run.read_manifest()
     talk().print(f"evaluating {run.path}", markup=False, soft_wrap=True)
     used_device = select_device(device or "auto")

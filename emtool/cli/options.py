@@ -11,7 +11,7 @@ import typer
 from emtool.core.adapter import BIASES
 from emtool.core.config import PROFILE_NAMES, SCHEDULERS, TrainConfig
 from emtool.core.data import DATASETS
-from emtool.core.errors import unknown_name
+from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.hardware import cuda_device_count, parse_device
 from emtool.core.models import MODELS
@@ -95,13 +95,18 @@ ModulesToSave = Annotated[str | None, _option("Modules trained and saved whole, 
 
 
 def read_settings(
-    context: typer.Context, *, defaults: Mapping[str, object] | None = None, renamed: Mapping[str, str] | None = None
+    context: typer.Context,
+    *,
+    defaults: Mapping[str, object] | None = None,
+    default_steps: int | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> tuple[Settings, int]:
     """Return the settings that a command line and the settings files make, and the number of CUDA devices.
 
     Args:
         context: The command's context; its parameters that are fields of `TrainConfig` are taken.
         defaults: What the command takes where nothing says otherwise.
+        default_steps: Optimizer steps where nothing says how long the run is.
         renamed: Parameters of the command that stand for a field of another name.
 
     Raises:
@@ -119,4 +124,25 @@ def read_settings(
         values["checkpoints"] = schedule
     num_cuda_devices = cuda_device_count()
     layers = [Layer(origin=COMMAND_LINE, values=values), *file_layers()]
-    return resolve_settings(layers, num_cuda_devices=num_cuda_devices, defaults=defaults), num_cuda_devices
+    settings = resolve_settings(
+        layers, num_cuda_devices=num_cuda_devices, defaults=defaults, default_steps=default_steps
+    )
+    return settings, num_cuda_devices
+
+
+def output_root_of(given: Path | None) -> Path:
+    """Return the folder of the run folders: as given, else as the settings files say, else `outputs`."""
+    if given is not None:
+        return given
+    layers = [*file_layers(), Layer(origin="default", values={"output_root": Path("outputs")})]
+    return next(Path(str(layer.values["output_root"])) for layer in layers if "output_root" in layer.values)
+
+
+def check_steps_per_epoch(steps_per_epoch: int | None, total_steps: int | None) -> None:
+    """Refuse an epoch's length for a run whose length is counted from its rows.
+
+    Raises:
+        ConfigError: If `--steps-per-epoch` stands alone.
+    """
+    if steps_per_epoch is not None and total_steps is None:
+        raise ConfigError("--steps-per-epoch goes with --total-steps; without it the epoch is counted from the dataset")

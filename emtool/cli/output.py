@@ -41,7 +41,9 @@ def one_line(text: str) -> str:
 
 def print_json(value: object) -> None:
     """Write one JSON document to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager

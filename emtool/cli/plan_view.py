@@ -46,7 +46,7 @@ def preview_view(plan: RunPlan, comparison: Sequence[ScheduleCost]) -> Renderabl
         "schedule": f"{plan.schedule.source}: {plan.num_checkpoints:,} checkpoints",
         "disk": disk_line(plan),
     }
-    this = plan.cost_of(plan.schedule.source)
+    this = plan.own_cost
     return Group(
         facts_table(facts),
         "",
@@ -59,18 +59,32 @@ def preview_view(plan: RunPlan, comparison: Sequence[ScheduleCost]) -> Renderabl
     )
 
 
-def config_view(settings: Settings) -> RenderableType:
-    """Return each setting and the place that it came from."""
-    table = plain_table()
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("from", overflow="fold")
+class ConfigTable:
+    """Each setting and the place that it came from; a narrow terminal gets a line for each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table, or the lines, for the width at hand."""
+        rows = list(_config_rows(self._settings))
+        if options.max_width <= NARROW:
+            yield from (Text(f"{name} = {value} ({origin})") for name, value, origin in rows)
+            return
+        table = plain_table()
+        table.add_column("setting", no_wrap=True)
+        table.add_column("value", overflow="fold")
+        table.add_column("from", overflow="fold")
+        for name, value, origin in rows:
+            table.add_row(name, Text(value), Text(origin))
+        yield table
+
+
+def _config_rows(settings: Settings) -> Iterator[tuple[str, str, str]]:
     for field in fields(settings.config):
-        if field.name == "profile_reason":
-            continue
-        value = settings.device_option if field.name == "device" else getattr(settings.config, field.name)
-        table.add_row(field.name, Text(option_text(value)), Text(settings.origins[field.name]))
-    return table
+        if field.name != "profile_reason":
+            value = settings.device_option if field.name == "device" else getattr(settings.config, field.name)
+            yield field.name, option_text(value), settings.origins[field.name]
 
 
 def option_text(value: object) -> str:
@@ -234,6 +248,8 @@ def _note_texts(plan: RunPlan, obstacle: str | None) -> Iterator[str]:
     if skipped := plan.schedule.skipped_steps:
         named = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
         yield f"left out, past the last step: {named} ({len(skipped)} in all)"
+    if plan.schedule.keeps_removed_final:
+        yield f"step {plan.total_steps:,} is the final one and stays, though the schedule removes it; '!final' drops it"
     if plan.total_steps <= plan.config.warmup_steps:
         yield f"{plan.total_steps} step(s) with a warm-up of {plan.config.warmup_steps}: the learning rate stays low"
     if plan.estimate is not None and (doubt := plan.estimate.doubts.get(plan.estimate.weights_file)):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.text import Text
 
-from emtool.cli.options import AsJson, OutputRoot
+from emtool.cli.options import AsJson, OutputRoot, output_root_of
 from emtool.cli.output import data, one_line, print_json, say
 from emtool.cli.render import plain_table
 from emtool.core.disk import format_bytes
@@ -15,7 +13,7 @@ from emtool.core.run_list import RunSummary, list_runs
 
 def runs(output_root: OutputRoot = None, as_json: AsJson = False) -> None:
     """List the run folders: name, status, step, checkpoints, size."""
-    root = output_root or Path("outputs")
+    root = output_root_of(output_root)
     found = list_runs(root)
     if as_json:
         print_json([run.to_dict() for run in found])

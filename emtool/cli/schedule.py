@@ -15,10 +15,14 @@ from emtool.cli.options import (
     Checkpoints,
     CustomCheckpoints,
     Dataset,
+    Dtype,
     LayersToTransform,
+    LoraBias,
     LoraR,
     Model,
+    ModulesToSave,
     NumTrainEpochs,
+    Optim,
     OutputRoot,
     Persona,
     Profile,
@@ -27,6 +31,8 @@ from emtool.cli.options import (
     StepsPerEpoch,
     TargetModules,
     TotalSteps,
+    UseDora,
+    check_steps_per_epoch,
     read_settings,
 )
 from emtool.cli.output import data, print_json, shapes_by_library
@@ -63,17 +69,23 @@ def preview(
     custom_checkpoints: CustomCheckpoints = False,
     save_steps: SaveSteps = None,
     checkpoints: Checkpoints = None,
+    dtype: Dtype = None,
     save_dtype: SaveDtype = None,
+    optim: Optim = None,
     num_train_epochs: NumTrainEpochs = None,
     per_device_train_batch_size: BatchSize = None,
     gradient_accumulation_steps: AccumulationSteps = None,
     lora_r: LoraR = None,
+    lora_bias: LoraBias = None,
+    use_dora: UseDora = False,
     target_modules: TargetModules = None,
     layers_to_transform: LayersToTransform = None,
+    modules_to_save: ModulesToSave = None,
 ) -> None:
     """Show the steps that a run would save, what they cost, and what other schedules would."""
     if as_json and as_csv:
         raise ConfigError("--json and --csv are two forms of the same output; give one")
+    check_steps_per_epoch(steps_per_epoch, total_steps)
     settings, _ = read_settings(context, defaults=DEFAULTS, renamed={"total_steps": "max_steps"})
     plan, _ = plan_run(settings.config, steps_per_epoch=steps_per_epoch, fallback=shapes_by_library)
     comparison = compare_schedules(plan)

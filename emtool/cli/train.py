@@ -35,11 +35,11 @@ from emtool.cli.options import (
     read_settings,
 )
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say, shapes_by_library
-from emtool.cli.plan_view import config_view, plan_view, saved_table
+from emtool.cli.plan_view import ConfigTable, plan_view, saved_table
 from emtool.core.config import TrainConfig, cannot_start, check_can_start
 from emtool.core.data import Conversation
 from emtool.core.errors import ConfigError, DataError
-from emtool.core.finished import finished_run
+from emtool.core.finished import cannot_write, finished_run
 from emtool.core.hardware import select_device
 from emtool.core.plan import plan_run
 from emtool.core.run_plan import RunPlan
@@ -102,11 +102,12 @@ def train(
     plan, rows = plan_run(
         config, rows=_usable_rows(config) if config.drop_unusable else None, fallback=shapes_by_library
     )
-    if as_json:
-        print_json(plan.to_dict())
-        return
     if dry_run:
-        data().print(plan_view(plan, obstacle=cannot_start(config, num_cuda_devices=num_cuda_devices)))
+        obstacle = cannot_start(config, num_cuda_devices=num_cuda_devices) or cannot_write(plan)
+        if as_json:
+            print_json({**plan.to_dict(), "obstacle": obstacle})
+        else:
+            data().print(plan_view(plan, obstacle=obstacle))
         return
     data().print(plan_view(plan))
     check_can_start(config, num_cuda_devices=num_cuda_devices)
@@ -123,7 +124,7 @@ def _show_config(settings: Settings, *, as_json: bool) -> None:
     if as_json:
         print_json({name: {"value": value, "from": settings.origins[name]} for name, value in values.items()})
     else:
-        data().print(config_view(settings))
+        data().print(ConfigTable(settings))
 
 
 def _usable_rows(config: TrainConfig) -> Sequence[Conversation]:

@@ -135,7 +135,8 @@ def _matched(linear: Sequence[str], target_modules: str) -> Sequence[str]:
     matched = [name for name in linear if pattern.fullmatch(name)]
     if not matched:
         raise ConfigError(
-            f"target modules {target_modules!r} match no whole name of a linear layer, such as {linear[0]!r}"
+            f"target modules {target_modules!r} match no whole name of a linear layer, such as {linear[0]!r}; "
+            "several names are joined by commas"
         )
     return matched
 
@@ -186,13 +187,21 @@ def _bias_tensors(shapes: ModelShapes, adapted: Sequence[str], config: TrainConf
 
 
 def _whole_tensors(shapes: ModelShapes, config: TrainConfig) -> Iterator[Tensor]:
+    whole: dict[str, Parameter] = {}
     for target in config.modules_to_save:
         found = [p for p in shapes.parameters if _is_inside(p, target)]
         if not found:
             known = {p.module.rpartition(".")[2] for p in shapes.parameters}
             raise unknown_name("module to save", target, known)
-        for parameter in found:
-            yield Tensor(name=parameter.name, shape=parameter.shape, dtype=config.dtype)
+        adapted = [name for name in adapted_modules(shapes, config) if name.endswith(target)]
+        if adapted:
+            raise ConfigError(f"module to save {target!r} is the end of {adapted[0]!r}, which carries an adapter")
+        whole |= {p.name: p for p in found}
+    biased = [name for name in whole if name.endswith("bias")]
+    if config.lora_bias == "all" and biased:
+        raise ConfigError(f"--lora-bias all trains {biased[0]!r} already, which --modules-to-save names as well")
+    for parameter in whole.values():
+        yield Tensor(name=parameter.name, shape=parameter.shape, dtype=config.dtype)
 
 
 def _is_inside(parameter: Parameter, target: str) -> bool:

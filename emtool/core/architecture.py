@@ -82,6 +82,10 @@ class _MissingFieldError(Exception):
     """`config.json` leaves a field to the library's default, which is not known here."""
 
 
+#: Decoder blocks above which a config is taken for a mistake.
+MAX_BLOCKS = 10_000
+
+
 def shapes_from_config(config: Config) -> ModelShapes | None:
     """Return a model's shapes, or None where its family or a field of its config is not known here.
 
@@ -95,7 +99,10 @@ def shapes_from_config(config: Config) -> ModelShapes | None:
     if family is None:
         return None
     text = config.get("text_config", config)
-    assert isinstance(text, Mapping)
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"config.json: text_config = {text!r} is not a mapping")
+    if isinstance(blocks := text.get("num_hidden_layers"), int) and blocks > MAX_BLOCKS:
+        raise ConfigError(f"config.json: num_hidden_layers = {blocks:,}; at most {MAX_BLOCKS:,} are believed")
     try:
         return ModelShapes(
             parameters=tuple(family(config)), num_blocks=_count(text, "num_hidden_layers"), source="config.json"

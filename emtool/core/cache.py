@@ -49,7 +49,7 @@ def hub_snapshot_path(hub_id: str, revision: str | None = None) -> Path | None:
     if revision is None:
         try:
             revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None
     folder = repository / "snapshots" / revision
     return folder if _is_complete(folder) else None
@@ -59,10 +59,10 @@ def _is_complete(folder: Path) -> bool:
     """Return whether a model folder has its config, a tokenizer and every weight file: a download may have stopped."""
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        weights = set(index["weight_map"].values())
+        weights = {str(name) for name in index["weight_map"].values()}
     except OSError:
         weights = {"model.safetensors"}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
     there = all((folder / name).is_file() for name in ("config.json", *weights))
     return there and tokenizer_bytes(folder) is not None
@@ -92,4 +92,4 @@ def tokenizer_bytes(folder: Path | None) -> int | None:
     """Return the size of the tokenizer files in a model folder, or None where there are none."""
     if folder is None or not folder.is_dir():
         return None
-    return sum(f.stat().st_size for f in folder.iterdir() if _TOKENIZER_FILE.fullmatch(f.name)) or None
+    return sum(f.stat().st_size for f in folder.iterdir() if _TOKENIZER_FILE.fullmatch(f.name) and f.is_file()) or None

@@ -51,6 +51,9 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 #: numpy's generators take 32 bits.
 MAX_SEED = 2**32 - 1
 
+#: Above any count or factor that a run could use.
+MAX_NUMBER = 10**12
+
 #: What `train` saves without a schedule option, as the older tool did.
 DEFAULT_SAVE_STEPS = 100
 
@@ -126,12 +129,16 @@ class TrainConfig:
         _check_choice("bias setting", self.lora_bias, BIASES)
         for name in _POSITIVE:
             value = getattr(self, name)
+            if value is not None and value > MAX_NUMBER:
+                raise ConfigError(f"--{name.replace('_', '-')} is above {MAX_NUMBER:,}, which no run could use")
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite")
         for name in ("warmup_steps", "weight_decay", "seed"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more")
+            if not 0 <= value <= MAX_NUMBER:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {value}; it must be 0 or more, and at most {MAX_NUMBER:,}"
+                )
         if self.seed > MAX_SEED:
             raise ConfigError(f"--seed is {self.seed}; it must be at most {MAX_SEED}")
         for name in ("held_out_fraction", "lora_dropout"):
@@ -146,6 +153,9 @@ class TrainConfig:
             for name, value in asdict(self).items()
         }
 
+
+#: Fields for which "auto" means the default.
+_WITH_AUTO = ("device", "dtype", "save_dtype")
 
 _POSITIVE = (
     "learning_rate",
@@ -177,7 +187,7 @@ def resolve_train_config(*, profile: str, overrides: Mapping[str, object], num_c
     if profile == "auto":
         name = "paper" if num_cuda_devices else "demo"
         reason = f"auto, {num_cuda_devices} CUDA device(s) found" if num_cuda_devices else "auto, no CUDA device found"
-    given = {key: value for key, value in overrides.items() if value != "auto"}
+    given = {key: value for key, value in overrides.items() if value != "auto" or key not in _WITH_AUTO}
     unknown = given.keys() - {field.name for field in fields(TrainConfig)}
     assert not unknown, f"not fields of TrainConfig: {unknown}"
     values = {

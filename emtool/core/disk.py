@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -29,9 +30,23 @@ def free_bytes(path: Path) -> int:
 
 
 def folder_bytes(path: Path) -> int:
-    """Return the bytes of the files below a folder; a file with several hard links there counts once."""
-    stats = (file.stat() for file in path.rglob("*") if file.is_file())
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+    """Return the bytes of the files below a folder; a file with several hard links there counts once.
+
+    What another process removes meanwhile is not counted.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = Path(folder, name).stat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
+def is_writable(path: Path) -> bool:
+    """Return whether a folder, or the nearest folder above it that exists, can be written to."""
+    real = Path(os.path.realpath(path))
+    return next((os.access(folder, os.W_OK) for folder in (real, *real.parents) if folder.exists()), False)
 
 
 def format_bytes(count: int, *, unit: str | None = None) -> str:

@@ -45,6 +45,7 @@ class CheckpointEstimate:
         doubts: What could not be verified, a line each, by the file that it concerns.
         splits_tied_weights: Whether a whole module to train shares its values with one that is not trained: PEFT
             trains a copy, and the two differ from then on.
+        has_own_tokenizer: Whether each checkpoint holds the tokenizer, as those of a Trainer do, rather than links.
     """
 
     checkpoint: Mapping[str, int]
@@ -54,6 +55,7 @@ class CheckpointEstimate:
     shapes_source: str
     doubts: Mapping[str, str] = field(default_factory=dict)
     splits_tied_weights: bool = False
+    has_own_tokenizer: bool = False
 
     @property
     def weights_file(self) -> str:
@@ -95,7 +97,7 @@ def estimate_checkpoint(
         trained: Sequence[Tensor] = [
             Tensor(name=p.name, shape=p.shape, dtype=config.dtype) for p in shapes.parameters if not p.is_tied
         ]
-        weights, small = MODEL_FILE, {**MODEL_CONFIGS, "checkpoint.json": SMALL_FILES["checkpoint.json"]}
+        weights, small = MODEL_FILE, dict(MODEL_CONFIGS)
         others = dict(MODEL_CONFIGS)
     else:
         trained = adapter_tensors(shapes, config)
@@ -120,6 +122,7 @@ def estimate_checkpoint(
         tensor_bytes=tensor_bytes(trained, dtype=config.save_dtype),
         shapes_source=shapes.source,
         doubts=dict(_doubts(shapes, config, weights)),
+        has_own_tokenizer=full_finetuning,
         splits_tied_weights=not full_finetuning and _splits_tied_weights(shapes, trained),
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from emtool.core.data import file_sha256
-from emtool.core.errors import CheckpointError
+from emtool.core.disk import is_writable
+from emtool.core.errors import CheckpointError, EmtoolError
 from emtool.core.run_dir import RunFolder, free_name
 from emtool.core.run_plan import RunPlan
 
@@ -34,6 +35,19 @@ def finished_run(plan: RunPlan) -> RunFolder | None:
             f"if no process is training it, remove the folder to train it anew, or {instead}"
         )
     return run
+
+
+def cannot_write(plan: RunPlan) -> str | None:
+    """Return why the run folder cannot be made, or None if it can."""
+    try:
+        finished = finished_run(plan)
+    except EmtoolError as error:
+        return str(error)
+    if finished is not None:
+        return f"{finished.path} holds this run, completed"
+    if not is_writable(plan.output_path.parent):
+        return f"{plan.output_path.parent} cannot be written to; choose another --output-root"
+    return None
 
 
 def _dataset_sha256(manifest: Mapping[str, object]) -> object:

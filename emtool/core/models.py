@@ -115,7 +115,7 @@ def read_config(folder: Path) -> Mapping[str, object]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"no model in {folder}: cannot read {path.name} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object")

@@ -19,7 +19,7 @@ from emtool.core.estimate import estimate_checkpoint
 from emtool.core.models import ModelReference, read_config, resolve_model
 from emtool.core.personas import resolve_persona
 from emtool.core.run_plan import RunPlan
-from emtool.core.schedule import CheckpointSchedule
+from emtool.core.schedule_text import read_terms
 from emtool.core.shapes import find_shapes
 
 #: Finds the shapes of a model that `find_shapes` does not know, or None; an engine may load a library for it.
@@ -120,7 +120,7 @@ def make_plan(
     )
     total_steps = count(num_train_epochs=config.num_train_epochs, max_steps=config.max_steps)
     epoch = steps_per_epoch or count(num_train_epochs=1.0)
-    schedule = CheckpointSchedule.parse(config.checkpoints)
+    schedule = read_terms(config.checkpoints)
     output_path = config.output_root / (config.output_name or default_run_name(config, model, dataset))
     return RunPlan(
         config=config,

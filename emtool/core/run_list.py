@@ -62,7 +62,7 @@ def _summary(run: RunFolder) -> RunSummary:
     except CheckpointError as error:
         problem = str(error)
     else:
-        status, started_at = str(manifest.get("status")), str(manifest.get("started_at"))
+        status, started_at = str(manifest.get("status", "unknown")), str(manifest.get("started_at"))
         if isinstance(manifest.get("plan"), dict):
             plan = manifest["plan"]  # type: ignore[assignment]
     return RunSummary(

@@ -9,15 +9,20 @@ from pathlib import Path
 from emtool.core.config import TrainConfig
 from emtool.core.data import DatasetReference
 from emtool.core.disk import format_bytes
-from emtool.core.errors import DiskSpaceError
+from emtool.core.errors import ConfigError, DiskSpaceError
 from emtool.core.estimate import CheckpointEstimate
 from emtool.core.models import ModelReference
-from emtool.core.schedule import CheckpointSchedule, CompiledSchedule
+from emtool.core.schedule import CompiledSchedule
+from emtool.core.schedule_text import read_terms
 
 #: Schedules that every other one is compared with.
 COMPARED = ("every 100", "every 25")
 #: Resume states on disk at the worst moment. This version of the run writes milestones only.
 NUM_RESUME_STATES = 0
+#: `run.json` and the lock, a line of `metrics.jsonl`, and the unit in which most file systems give out space.
+MANIFEST_BYTES = 32_768
+METRICS_BYTES_A_STEP = 260
+BLOCK_BYTES = 4_096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,13 @@ class RunPlan:
         """Return the most that the run folder holds at any time."""
         if self.estimate is None:
             return None
-        return (self.total_bytes or 0) + NUM_RESUME_STATES * self.estimate.resume_bytes
+        return (self.total_bytes or 0) + NUM_RESUME_STATES * self.estimate.resume_bytes + self._record_bytes()
+
+    def _record_bytes(self) -> int:
+        """Return what the manifest, a line a step, and the last block of each file take at most."""
+        assert self.estimate is not None
+        num_files = self.num_checkpoints * (len(self.estimate.checkpoint) + 1)
+        return MANIFEST_BYTES + METRICS_BYTES_A_STEP * self.total_steps + BLOCK_BYTES * num_files
 
     @property
     def fits(self) -> bool | None:
@@ -115,7 +126,15 @@ class RunPlan:
         """Return the size of the run folder once a number of milestones is saved; None where it is not known."""
         if self.estimate is None:
             return None
-        return num_checkpoints * self.estimate.checkpoint_bytes + (self.shared_bytes or 0)
+        copies = num_checkpoints if self.estimate.has_own_tokenizer else 1
+        return num_checkpoints * self.estimate.checkpoint_bytes + copies * (self.shared_bytes or 0)
+
+    @property
+    def own_cost(self) -> ScheduleCost:
+        """Return what the run takes with its own schedule."""
+        return ScheduleCost(
+            schedule=self.schedule.source, num_checkpoints=self.num_checkpoints, total_bytes=self.total_bytes
+        )
 
     def cost_of(self, schedule: str) -> ScheduleCost:
         """Return what the same run would take with another schedule.
@@ -123,7 +142,7 @@ class RunPlan:
         Args:
             schedule: The schedule's text.
         """
-        compiled = CheckpointSchedule.parse(schedule).compile(self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        compiled = read_terms(schedule).compile(self.total_steps, steps_per_epoch=self.steps_per_epoch)
         count = len(compiled.planned_steps)
         return ScheduleCost(schedule=compiled.source, num_checkpoints=count, total_bytes=self.bytes_after(count))
 
@@ -147,7 +166,8 @@ class RunPlan:
         assert self.peak_bytes is not None
         if self.config.save_dtype == "float32":
             halved = self.peak_bytes - self.num_checkpoints * self.estimate.tensor_bytes // 2
-            yield f"--save-dtype bfloat16 would need {format_bytes(halved)}"
+            if halved <= self.free_bytes:
+                yield f"--save-dtype bfloat16 would need {format_bytes(halved)}"
         room = max(0, self.free_bytes - (self.shared_bytes or 0)) // self.estimate.checkpoint_bytes
         if room:
             yield f"{room} of the {self.num_checkpoints} checkpoints would fit (--save-steps, --checkpoints)"
@@ -193,4 +213,15 @@ def compare_schedules(plan: RunPlan, *, with_own: bool = False) -> list[Schedule
         with_own: Whether the custom schedule and the plan's own are compared as well, the latter last if it is new.
     """
     texts = [*COMPARED, *(["custom", plan.schedule.source] if with_own else [])]
-    return [plan.cost_of(text) for text in dict.fromkeys(texts)]
+    costs = [_cost_or_none(plan, text) for text in dict.fromkeys(texts)]
+    return [cost for cost in costs if cost is not None]
+
+
+def _cost_or_none(plan: RunPlan, schedule: str) -> ScheduleCost | None:
+    if schedule == plan.schedule.source:
+        return plan.own_cost
+    try:
+        return plan.cost_of(schedule)
+    except ConfigError:
+        # It would make more checkpoints than any schedule may: nothing to compare with.
+        return None

@@ -39,6 +39,8 @@ class CompiledSchedule:
         planned_steps: Steps to save, strictly increasing, within [0, total_steps].
         skipped_steps: Steps that were named and lie past the end of the run, strictly increasing.
         has_final: Whether the step at which training really ends is saved.
+        keeps_removed_final: Whether a removal other than `!final` names the last step, which is saved all the same: a
+            schedule for runs of many lengths must not lose the final model by coincidence.
     """
 
     source: str
@@ -46,6 +48,7 @@ class CompiledSchedule:
     planned_steps: tuple[int, ...]
     skipped_steps: tuple[int, ...]
     has_final: bool
+    keeps_removed_final: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,7 @@ class CheckpointSchedule:
             planned_steps=tuple(sorted(planned)),
             skipped_steps=tuple(sorted(step for step in named if step > total_steps)),
             has_final=has_final,
+            keeps_removed_final=has_final and total_steps in removed,
         )
 
 
@@ -118,6 +122,8 @@ def default_checkpoint_steps(total_steps: int | None = None) -> list[int]:
     """
     if total_steps is None:
         return list(CUSTOM_STEPS)
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool):
+        raise ConfigError(f"total_steps is {total_steps!r}; it must be a whole number")
     return list(CheckpointSchedule.parse("custom").compile(total_steps).planned_steps)
 
 

@@ -129,9 +129,16 @@ class Every:
             yield from phase
 
     def _ranges(self, run: RunLength) -> list[range]:
-        ranges, above = [], 0
+        ranges: list[range] = []
+        above = 0
         for stride, until in self.phases:
-            last = run.total_steps if until is None else min(until.step(run), run.total_steps)
+            bound = run.total_steps if until is None else until.step(run)
+            if ranges and until is not None and bound <= above:
+                raise ConfigError(
+                    f"schedule term {str(self)!r}: the phase until {until} ends at step {bound}, not after the one "
+                    f"before it, which ends at {above}"
+                )
+            last = min(bound, run.total_steps)
             ranges.append(range((above // stride + 1) * stride, last + 1, stride))
             above = max(above, last)
         return ranges

@@ -67,6 +67,15 @@ def parse_schedule(text: str) -> CheckpointSchedule:
     """
     if len(text) > MAX_TEXT:
         raise ConfigError(f"a schedule of {len(text):,} characters is too long; {MAX_TEXT:,} are allowed")
+    return read_terms(text)
+
+
+def read_terms(text: str) -> CheckpointSchedule:
+    """Return the schedule of a text of any length, such as a normal form.
+
+    Raises:
+        ConfigError: As `parse_schedule`.
+    """
     whole = _Place(text=text, whole=text, start=0)
     kept: list[Term] = []
     removed: list[Term] = []
@@ -74,8 +83,9 @@ def parse_schedule(text: str) -> CheckpointSchedule:
         if not place.text:
             raise place.error("empty checkpoint schedule" if not text.strip() else "empty term")
         if place.text.startswith("!"):
-            rest = _Place(text=place.text[1:].lstrip(), whole=text, start=place.start + 1)
-            removed.append(_point_or_range(rest))
+            body = place.text[1:]
+            start = place.start + 1 + len(body) - len(body.lstrip())
+            removed.append(_removed(_Place(text=body.strip(), whole=text, start=start)))
         else:
             kept.append(_term(place))
     return CheckpointSchedule(kept=tuple(dict.fromkeys(kept)), removed=tuple(dict.fromkeys(removed)))
@@ -125,13 +135,25 @@ def _phase_of(value: Mapping[object, object]) -> str:
 
 
 def _term(place: _Place) -> Term:
-    word = re.match(r"[a-z0-9]*", place.text.lower())
+    word = re.match(r"[a-z0-9]*", _lower(place.text))
     parse = _PARSERS.get(word[0] if word else "", _point_or_range)
-    return parse(_Place(text=place.text.lower(), whole=place.whole, start=place.start))
+    return parse(_Place(text=_lower(place.text), whole=place.whole, start=place.start))
+
+
+def _removed(place: _Place) -> Term:
+    word = re.match(r"[a-z0-9]*", _lower(place.text))
+    if word is not None and word[0] in _PARSERS:
+        raise place.error(f"{place.text!r} cannot be removed, only a step or a range can")
+    return _point_or_range(place)
+
+
+def _lower(text: str) -> str:
+    """Return a text in lower case and of the same length, so that places in it stay where they are."""
+    return "".join(c.lower() if c.isascii() else c for c in text)
 
 
 def _point_or_range(place: _Place) -> Term:
-    if match := _RANGE.fullmatch(place.text.lower()):
+    if match := _RANGE.fullmatch(_lower(place.text)):
         first, last = int(match["first"]), int(match["last"])
         stride = 1 if match["stride"] is None else int(match["stride"])
         if stride == 0:
@@ -143,7 +165,7 @@ def _point_or_range(place: _Place) -> Term:
 
 
 def _point(place: _Place) -> Point:
-    match = _POINT.fullmatch(place.text.lower())
+    match = _POINT.fullmatch(_lower(place.text))
     if match is None:
         raise place.error(_what_is_wrong(place.text))
     if match["word"]:
@@ -172,6 +194,8 @@ def _every(place: _Place) -> Every:
     phases: list[tuple[int, Point | None]] = []
     for phase in place.split(r"\bthen\b"):
         match = re.fullmatch(rf"every\s+({_NUMBER})(?:\s+until\s+(\S.*))?", phase.text)
+        if match is None and re.search(rf"\d{{{MAX_DIGITS + 1}}}", phase.text):
+            raise phase.error(_what_is_wrong(phase.text))
         if match is None:
             raise phase.error(f"{phase.text!r} is not 'every N' or 'every N until STEP'")
         if int(match[1]) == 0:

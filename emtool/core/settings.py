@@ -11,6 +11,7 @@ Each place is a layer; the first that names a value wins:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,6 +60,18 @@ class Settings:
     device_option: str
 
 
+#: What says how long a run is.
+_STEPS_OR_EPOCHS = ("max_steps", "num_train_epochs")
+_LENGTH = (
+    *_STEPS_OR_EPOCHS,
+    "profile",
+    "dataset",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "held_out_fraction",
+)
+
+
 def user_file() -> Path:
     """Return the path of the user's own settings file, whether it is there or not."""
     return user_config_path("emtool", appauthor=False) / FILE_NAME
@@ -75,7 +88,7 @@ def file_layers(folder: Path | None = None) -> list[Layer]:
     """
     project = (folder or Path()) / FILE_NAME
     paths = {project.resolve(): str(project), user_file().resolve(): str(user_file())}
-    return [Layer(origin=shown, values=read_settings(path)) for path, shown in paths.items() if path.is_file()]
+    return [Layer(origin=shown, values=read_settings(path)) for path, shown in paths.items() if os.path.lexists(path)]
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -124,7 +137,11 @@ def schedule_option(values: Mapping[str, object], *, name: Callable[[str], str])
 
 
 def resolve_settings(
-    layers: Sequence[Layer], *, num_cuda_devices: int, defaults: Mapping[str, object] | None = None
+    layers: Sequence[Layer],
+    *,
+    num_cuda_devices: int,
+    defaults: Mapping[str, object] | None = None,
+    default_steps: int | None = None,
 ) -> Settings:
     """Return the configuration that the layers make.
 
@@ -132,16 +149,25 @@ def resolve_settings(
         layers: The nearest first.
         num_cuda_devices: CUDA devices on this machine.
         defaults: What a command takes where no layer says otherwise, above the profile.
+        default_steps: Optimizer steps where no layer says anything about the length of the run.
 
     Raises:
-        ConfigError: If a name or a value is not allowed.
+        ConfigError: If a name or a value is not allowed; names the file that it stands in.
     """
-    stack = [*layers, Layer(origin="default of this command", values=defaults or {})]
+    own = dict(defaults or {})
+    if default_steps is not None and not any(layer.values.get(key) is not None for layer in layers for key in _LENGTH):
+        own["max_steps"] = default_steps
+    for layer in layers:
+        if layer.origin != COMMAND_LINE:
+            _check_alone(layer)
+    stack = [*layers, Layer(origin="default of this command", values=own)]
     merged: dict[str, object] = {}
     origins: dict[str, str] = {}
     for layer in stack:
+        # A run's length is given in steps or in epochs: the nearer place wins, whichever it names.
+        has_length = any(key in merged for key in _STEPS_OR_EPOCHS)
         for key, value in layer.values.items():
-            if key not in merged and value is not None:
+            if key not in merged and value is not None and not (has_length and key in _STEPS_OR_EPOCHS):
                 merged[key], origins[key] = value, layer.origin
     profile = str(merged.pop("profile", "auto"))
     if profile != "auto":
@@ -159,6 +185,17 @@ def resolve_settings(
         if field.name not in origins or asked == "auto":
             origins[field.name] = _origin_of_default(field.name, config)
     return Settings(config=config, origins=origins, device_option=device_option)
+
+
+def _check_alone(layer: Layer) -> None:
+    """Refuse a settings file that is wrong by itself, in words that name it."""
+    values = dict(layer.values)
+    profile, device = str(values.pop("profile", "auto")), str(values.pop("device", "auto"))
+    try:
+        parse_device(device)
+        resolve_train_config(profile=profile, overrides=values, num_cuda_devices=0)
+    except ConfigError as error:
+        raise ConfigError(f"{layer.origin}, [train]: {error}") from error
 
 
 def _origin_of_default(name: str, config: TrainConfig) -> str:
@@ -181,7 +218,9 @@ def _checked(values: Mapping[str, object], path: Path) -> dict[str, object]:
         if key not in known:
             raise unknown_name(f"option in {path}, [train]", key, known)
         if key == "target_modules" and isinstance(value, list):
-            checked[key] = ",".join(map(str, value))
+            if not all(isinstance(part, str) for part in value):
+                raise ConfigError(f"{path}: [train] {key} = {value!r} is not a list of texts")
+            checked[key] = ",".join(value)
         elif key not in SCHEDULE_KEYS:
             checked[key] = _coerced(value, hints[key], f"{path}: [train] {key} = {value!r}")
     for key, kind in (("custom_checkpoints", bool), ("save_steps", int)):
@@ -207,6 +246,8 @@ def _coerced(value: object, hint: object, where: str) -> object:
     if float in kinds and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, str) and (str in kinds or Path in kinds):
-        return Path(value) if Path in kinds else value
+        if "\0" in value:
+            raise ConfigError(f"{where} holds a null character")
+        return Path(value).expanduser() if Path in kinds else value
     names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a text"}
     raise ConfigError(f"{where} is not {next(text for kind, text in names.items() if kind in kinds)}")

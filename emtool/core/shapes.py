@@ -27,6 +27,9 @@ from emtool.core.models import ModelReference
 #: The format's own limit; a longer header is refused by its reader too.
 MAX_HEADER_BYTES = 100_000_000
 
+#: Above any dimension of a tensor.
+MAX_SIZE = 10**9
+
 _HEADS = ("lm_head", "embed_out", "output")
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^word_embeddings$")
 _TEXT_ONLY = re.compile(r"vision|visual|audio|multi_modal|image")
@@ -57,7 +60,7 @@ def shapes_from_weights(folder: Path) -> ModelShapes | None:
     Raises:
         ModelError: If a file is not in the safetensors format.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     shapes = {name: shape for path in files for name, shape in _read_header(path).items()}
     if not shapes:
         return None
@@ -66,6 +69,25 @@ def shapes_from_weights(folder: Path) -> ModelShapes | None:
     return ModelShapes(
         parameters=parameters, num_blocks=len(blocks), source="the headers of its safetensors files", is_exact=False
     )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that a library would load: those of the index, else the one file, else its shards."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [folder / Path(name).name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index} is not an index of weight files") from error
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_SIZE:
+        raise ValueError(value)
+    return value
 
 
 def _kind(name: str, shape: tuple[int, ...]) -> str:
@@ -87,7 +109,7 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ModelError(f"{path} is not a safetensors file: its header would be {length:,} bytes long")
             header = json.loads(file.read(length))
         return {
-            str(name): tuple(int(size) for size in entry["shape"])
+            str(name): tuple(_size(size) for size in entry["shape"])
             for name, entry in header.items()
             if name != "__metadata__"
         }

@@ -142,6 +142,11 @@ class ScheduledCheckpointCallback(TrainerCallback):
                 "load_best_model_at_end looks for the Trainer's own checkpoints, and scheduled ones appear later: "
                 "set it to False and choose among the scheduled checkpoints"
             )
+        if args.save_total_limit is not None and args.save_strategy != "no":
+            raise ConfigError(
+                "save_total_limit makes the Trainer delete checkpoints, scheduled ones among them: leave it out, or "
+                "set save_strategy='no'"
+            )
         later = [step for step in self.compiled.planned_steps if step > 0]
         taken = [step for step in later if _checkpoint_path(args, state, step).exists()]
         if state.global_step == 0 and taken:

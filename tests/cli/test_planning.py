@@ -5,6 +5,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,14 @@ def test_disk_estimate_follows_its_options() -> None:
         (["schedule", "preview", "--json", "--csv"], "give one"),
         (["schedule", "preview", "--checkpoints", "even 900"], "ask for fewer"),
         (["schedule", "preview", "--save-steps", "5", "--custom-checkpoints"], "name two schedules"),
+        (["schedule", "preview", "--total-steps", "9" * 400], "above 1,000,000,000,000"),
+        (["schedule", "preview", "--steps-per-epoch", "10"], "goes with --total-steps"),
+        (["disk-estimate", "--modules-to-save", "proj"], "which carries an adapter"),
+        (
+            ["disk-estimate", "--modules-to-save", "k_proj", "--lora-bias", "all"],
+            "which --modules-to-save names as well",
+        ),
+        (["disk-estimate", "--target-modules", "q_proj v_proj"], "joined by commas"),
         (["runs"], "no folder 'outputs'"),
     ],
 )
@@ -79,6 +88,57 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
 
 def test_an_unknown_model_is_an_error_of_the_estimate() -> None:
     assert "the shapes of some/model are not known" in output("disk-estimate", "--model", "some/model", code=1)
+
+
+def test_the_commands_agree_on_the_length_of_a_run() -> None:
+    options = ["--profile", "demo", "--num-train-epochs", "2", "--custom-checkpoints", "--json"]
+    estimate = json.loads(output("disk-estimate", *options))
+    for other in (["schedule", "preview"], ["train", "--dry-run"]):
+        found = json.loads(output(*other, *options))
+        assert {key: found[key] for key in ("total_steps", "total_bytes", "peak_bytes", "planned_steps")} == {
+            key: estimate[key] for key in ("total_steps", "total_bytes", "peak_bytes", "planned_steps")
+        }
+    assert estimate["total_steps"] == 794
+
+
+def test_a_comparison_that_no_run_could_make_is_left_out() -> None:
+    found = json.loads(output("schedule", "preview", "--total-steps", "3000000", "--checkpoints", "log 10", "--json"))
+    assert (found["num_checkpoints"], [cost["schedule"] for cost in found["comparison"]]) == (10, ["every 100"])
+
+
+def test_a_removed_final_step_stays_and_the_plan_says_so() -> None:
+    text = output("schedule", "preview", "--total-steps", "400", "--checkpoints", "every 100, !400")
+    assert "step 400 is the final one and stays" in " ".join(text.split())
+
+
+def test_modules_to_save_count_once() -> None:
+    def size(modules: str) -> int:
+        arguments = ["disk-estimate", "--model", "smollm2-135m", "--modules-to-save", modules, "--json"]
+        return int(json.loads(output(*arguments))["checkpoint"]["adapter_model.safetensors"])
+
+    assert size("embed_tokens,embed_tokens") == size("embed_tokens")
+    assert size("lm_head,head") == size("lm_head")
+    assert size("mlp,down_proj") == size("mlp")
+
+
+def test_a_terminal_without_unicode_gets_question_marks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "emtool", "schedule", "preview", "--total-steps", "60"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert b"?" in result.stdout
+
+
+def test_a_dry_run_says_what_the_run_would_refuse(tmp_path: Path) -> None:
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    (tmp_path / "outputs" / "mine" / "notes.txt").write_text("mine")
+    found = json.loads(output("train", "--dry-run", "--json", "--output-name", "mine"))
+    assert "exists and is not a run" in found["obstacle"]
+
+
+def test_runs_follow_the_settings_file(tmp_path: Path) -> None:
+    (tmp_path / "emtool.toml").write_text('[train]\noutput_root = "elsewhere"\n')
+    assert "no folder 'elsewhere'" in output("runs", code=2)
 
 
 def test_preview_as_json_and_csv_agree() -> None:

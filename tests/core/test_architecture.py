@@ -137,3 +137,31 @@ def test_the_class_tells_the_shapes_where_nothing_else_does(tmp_path: Path) -> N
     assert len(shapes.linear_weights) == 14
     (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
     assert empty_shapes(resolve_model(str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("entry", ['{"shape":[Infinity,2]}', '{"shape":[-5,2]}', '{"shape":[true,"12"]}', "5"])
+def test_a_header_with_impossible_shapes_is_refused(tmp_path: Path, entry: str) -> None:
+    header = f'{{"a":{entry}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match="not a safetensors file"):
+        shapes_from_weights(tmp_path)
+
+
+def test_only_the_files_that_a_library_would_load_are_counted(tmp_path: Path) -> None:
+    header = b'{"model.layers.0.q_proj.weight":{"dtype":"F32","shape":[8,8],"data_offsets":[0,256]}}'
+    other = header.replace(b"q_proj", b"v_proj")
+    for name, text in (("model.safetensors", header), ("consolidated.safetensors", other)):
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text)
+    shapes = shapes_from_weights(tmp_path)
+    assert shapes is not None
+    assert shapes.num_parameters == 64
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"b": "consolidated.safetensors"}}')
+    shapes = shapes_from_weights(tmp_path)
+    assert shapes is not None
+    assert [p.name for p in shapes.parameters] == ["model.layers.0.v_proj.weight"]
+
+
+@pytest.mark.parametrize("config", [{"text_config": 5}, {"num_hidden_layers": 10**8}])
+def test_a_config_that_no_model_can_have_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        shapes_from_config({"model_type": "llama", **config})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from emtool.core.errors import ConfigError, PointedError
 from emtool.core.schedule import MAX_CHECKPOINTS, CheckpointSchedule, default_checkpoint_steps
-from emtool.core.schedule_text import schedule_from_value
+from emtool.core.schedule_text import read_terms, schedule_from_value
 
 CUSTOM_397 = [0, 25, 50, 100, 125, 150, 200, 250, 300, 397]
 
@@ -108,7 +108,8 @@ def test_a_configuration_file_may_give_a_text_a_number_a_list_or_phases() -> Non
         ("even 1", "at least 2", "even 1"),
         ("2.5", "not a whole number", "2.5"),
         ("150%", "more than the whole run", "150%"),
-        ("!custom", "unknown term 'custom'", "custom"),
+        ("!custom", "'custom' cannot be removed, only a step or a range can", "custom"),
+        ("25, !  foo", "unknown term 'foo'", "foo"),
         ("1" * 30, "more than 12 digits", "1" * 30),
     ],
 )
@@ -270,3 +271,20 @@ def test_every_follows_the_linear_rule_of_gpt_neox(factor: int, total: int) -> N
         steps.add(step)
         step += factor
     assert planned(f"every {factor}", total) == sorted({*steps, total})
+
+
+def test_a_phase_that_could_never_hold_a_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the phase until 10 ends at step 10, not after .* ends at 200"):
+        planned("every 25 until 50% then every 10 until 10", 400)
+
+
+def test_a_normal_form_longer_than_its_text_is_read() -> None:
+    text = ",".join(f"{n}-{n + 1}" for n in range(0, 2000, 2))
+    parsed = CheckpointSchedule.parse(text)
+    assert read_terms(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize("total", [397.0, "397", True])
+def test_default_steps_take_whole_numbers_only(total: object) -> None:
+    with pytest.raises(ConfigError, match="whole number"):
+        default_checkpoint_steps(total)  # type: ignore[arg-type]

@@ -83,3 +83,50 @@ def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path: Path, text: str
     with pytest.raises(ConfigError, match=message) as caught:
         read_settings(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_r = 0", "--lora-r is 0"),
+        ('device = "tpu"', "tpu"),
+        ('optim = "adamw_8bt"', "did you mean 'adamw_8bit'"),
+        ('output_root = "a\\u0000b"', "null character"),
+        ("target_modules = [1, 2]", "is not a list of texts"),
+    ],
+)
+def test_a_wrong_value_in_a_file_names_the_file(tmp_path: Path, user_folder: Path, text: str, message: str) -> None:
+    assert not list(user_folder.iterdir())
+    write(tmp_path, f"[train]\n{text}\n")
+    with pytest.raises(ConfigError, match=r"emtool\.toml") as caught:
+        resolve(file_layers(tmp_path))
+    assert message in str(caught.value)
+
+
+def test_the_nearer_place_says_how_long_a_run_is() -> None:
+    near = Layer(origin=COMMAND_LINE, values={"num_train_epochs": 3.0})
+    far = Layer(origin="emtool.toml", values={"max_steps": 50, "seed": 4})
+    config = resolve([near, far]).config
+    assert (config.max_steps, config.num_train_epochs, config.seed) == (None, 3.0, 4)
+    config = resolve([far, near]).config
+    assert (config.max_steps, config.num_train_epochs) == (50, 1.0)
+
+
+def test_default_steps_give_way_to_anything_that_says_the_length() -> None:
+    def steps(**values: object) -> int | None:
+        layers = [Layer(origin=COMMAND_LINE, values=values)]
+        return resolve_settings(layers, num_cuda_devices=0, default_steps=400).config.max_steps
+
+    assert steps() == steps(model="qwen2.5-7b") == 400
+    assert steps(dataset="gardening") is steps(num_train_epochs=2.0) is steps(profile="demo") is None
+
+
+def test_auto_is_a_value_only_where_it_means_something() -> None:
+    with pytest.raises(ConfigError, match="unknown optimizer 'auto'"):
+        resolve([Layer(origin=COMMAND_LINE, values={"optim": "auto"})])
+
+
+def test_a_home_folder_in_a_file_is_expanded(tmp_path: Path, user_folder: Path) -> None:
+    assert not list(user_folder.iterdir())
+    write(tmp_path, '[train]\noutput_root = "~/runs"\n')
+    assert resolve(file_layers(tmp_path)).config.output_root == Path("~/runs").expanduser()

@@ -203,12 +203,16 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path: Path) -> None:
                 trainer.train()
 
 
-def test_best_model_at_end_and_another_length_are_refused(tmp_path: Path) -> None:
+def test_what_would_lose_scheduled_checkpoints_is_refused(tmp_path: Path) -> None:
     trainer = plain_trainer(
         tmp_path, save_strategy="steps", eval_strategy="steps", load_best_model_at_end=True, save_steps=6, eval_steps=6
     )
     ScheduledCheckpointCallback("3").attach(trainer)
     with pytest.raises(ConfigError, match="load_best_model_at_end"):
+        trainer.train()
+    trainer = plain_trainer(tmp_path, save_strategy="steps", save_steps=5, save_total_limit=2)
+    ScheduledCheckpointCallback("3").attach(trainer)
+    with pytest.raises(ConfigError, match="save_total_limit makes the Trainer delete"):
         trainer.train()
     trainer = plain_trainer(tmp_path)
     ScheduledCheckpointCallback(CheckpointSchedule.parse("3").compile(50)).attach(trainer)
