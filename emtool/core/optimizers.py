@@ -73,8 +73,8 @@ def _nothing(tensor: Tensor) -> Sequence[int]:
 
 
 _TORCH = "torch 2.13, optim/adamw.py: exp_avg and exp_avg_sq in the parameter's dtype, and a float32 step"
-_BNB = "bitsandbytes, optim/optimizer.py: two states of one byte a value, and a float32 scale a block of 256"
-_BNB_32 = "bitsandbytes, optim/optimizer.py: two float32 states"
+_BNB = "bitsandbytes 0.50, optim/optimizer.py: two states of one byte a value, and a float32 scale a block of 256"
+_BNB_32 = "bitsandbytes 0.50, optim/optimizer.py: two float32 states"
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch": Optimizer(state=_adamw, needs_cuda=False, source=_TORCH, is_measured=True),
