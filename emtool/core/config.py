@@ -129,7 +129,7 @@ class TrainConfig:
         _check_choice("bias setting", self.lora_bias, BIASES)
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value > MAX_NUMBER:
+            if value is not None and value > MAX_NUMBER and name not in _RATES:
                 raise ConfigError(f"--{name.replace('_', '-')} is above {MAX_NUMBER:,}, which no run could use")
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite")
@@ -154,6 +154,8 @@ class TrainConfig:
         }
 
 
+#: Factors that may be as large as a float is: a run that diverges is a run.
+_RATES = ("learning_rate", "max_grad_norm")
 #: Fields for which "auto" means the default.
 _WITH_AUTO = ("device", "dtype", "save_dtype")
 
