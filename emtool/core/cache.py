@@ -10,7 +10,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from emtool.core.models import ModelReference
-from emtool.core.run_dir import publish_folder
+from emtool.core.staging import publish_folder
 
 CACHE_VARIABLE = "EMTOOL_CACHE"
 

@@ -59,6 +59,50 @@ DEFAULT_SAVE_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeInterval:
+    """How often the state to resume from is saved besides at milestones.
+
+    Attributes:
+        seconds: By time; None if it goes by steps or is off.
+        steps: At the multiples of this many steps; None if it goes by time or is off.
+    """
+
+    seconds: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ResumeInterval:
+        """Return the interval of a text: "10m", "90s" or "2h" by time, "50" by steps, "0" for none at all.
+
+        Raises:
+            ConfigError: If it is none of these.
+        """
+        match = re.fullmatch(r"(\d{1,9})([smh]?)", text.strip(), flags=re.ASCII)
+        if match is None:
+            raise ConfigError(f"--resume-every {text!r} is not an interval; write 10m, 90s, 2h, 50 (steps) or 0 (off)")
+        count, unit = int(match[1]), match[2]
+        if count == 0:
+            return cls()
+        return cls(seconds=count * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit]) if unit else cls(steps=count)
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether resume states are saved at all, other than when a signal asks for one."""
+        return self.seconds is not None or self.steps is not None
+
+    def is_due(self, *, step: int, seconds: float) -> bool:
+        """Return whether one is due.
+
+        Args:
+            step: The step that has just ended.
+            seconds: Time since the last one.
+        """
+        if self.steps is not None:
+            return step % self.steps == 0
+        return self.seconds is not None and seconds >= self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that shapes a run's result.
 
@@ -78,6 +122,9 @@ class TrainConfig:
         modules_to_save: Name endings of modules that are trained and saved whole.
         held_out_fraction: Share of the rows kept for the held-out loss.
         drop_unusable: Whether rows without a trained token are dropped and counted rather than refused.
+        resume_every: How often the state to resume from is saved besides at milestones, as `ResumeInterval` reads it.
+        keep_resume: Whether resume states are kept when the run is complete.
+        keep_optimizer: Whether milestones hold everything that a Trainer resumes from.
     """
 
     profile: str
@@ -115,6 +162,9 @@ class TrainConfig:
     modules_to_save: tuple[str, ...] = ()
     held_out_fraction: float = 0.1
     drop_unusable: bool = False
+    resume_every: str = "10m"
+    keep_resume: bool = False
+    keep_optimizer: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no run could use."""
@@ -127,6 +177,7 @@ class TrainConfig:
         _check_choice("dtype", self.dtype, DTYPE_BYTES)
         _check_choice("save dtype", self.save_dtype, DTYPE_BYTES)
         _check_choice("bias setting", self.lora_bias, BIASES)
+        ResumeInterval.parse(self.resume_every)
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value > MAX_NUMBER and name not in _RATES:
@@ -158,6 +209,8 @@ class TrainConfig:
 _RATES = ("learning_rate", "max_grad_norm")
 #: Fields for which "auto" means the default.
 _WITH_AUTO = ("device", "dtype", "save_dtype")
+#: Fields that say where a run is and how it is kept, not what it computes.
+HOUSEKEEPING = ("profile", "profile_reason", "output_root", "output_name", "resume_every", "keep_resume")
 
 _POSITIVE = (
     "learning_rate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -34,6 +34,9 @@ class Named(Protocol):
         """Return the number of values."""
 
 
+AnyNamed = TypeVar("AnyNamed", bound=Named)
+
+
 def tensor_bytes(tensors: Iterable[Named], *, dtype: str | None = None) -> int:
     """Return the bytes of the values.
 
@@ -51,12 +54,27 @@ def safetensors_bytes(tensors: Iterable[Named], *, dtype: str | None = None) -> 
         tensors: The tensors.
         dtype: Dtype to store all of them in; None keeps each one's own.
 
-    Source: the safetensors format: 8 bytes of length, a JSON header padded to 8 bytes, the tensors, those of a wider
-    dtype first and by name within a dtype.
+    Source: the safetensors format, as its library writes it.
+    """
+    listed = list(tensors)
+    return len(safetensors_header(listed, dtype=dtype)) + tensor_bytes(listed, dtype=dtype)
+
+
+def safetensors_order(tensors: Iterable[AnyNamed], *, dtype: str | None = None) -> list[AnyNamed]:
+    """Return tensors in the order of a safetensors file: those of a wider dtype first, by name within a dtype."""
+    return sorted(tensors, key=lambda t: (-DTYPE_BYTES[dtype or t.dtype], t.name))
+
+
+def safetensors_header(tensors: Iterable[Named], *, dtype: str | None = None) -> bytes:
+    """Return what a safetensors file holds before its tensors: a length, and a JSON header padded to 8 bytes.
+
+    Args:
+        tensors: The tensors.
+        dtype: Dtype to store all of them in; None keeps each one's own.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in sorted(tensors, key=lambda t: (-DTYPE_BYTES[dtype or t.dtype], t.name)):
+    for tensor in safetensors_order(tensors, dtype=dtype):
         stored = dtype or tensor.dtype
         end = offset + tensor.size * DTYPE_BYTES[stored]
         header[tensor.name] = {
@@ -65,8 +83,9 @@ def safetensors_bytes(tensors: Iterable[Named], *, dtype: str | None = None) -> 
             "data_offsets": [offset, end],
         }
         offset = end
-    header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + _align(header_bytes, 8) + offset
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = text.ljust(_align(len(text), 8))
+    return len(padded).to_bytes(8, "little") + padded
 
 
 def torch_file_bytes(name: str, storages: Sequence[int]) -> int:

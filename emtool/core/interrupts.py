@@ -1,4 +1,4 @@
-"""Signals as an exception, so that a run can close its records before it stops."""
+"""Signals: an exception where nothing is lost by stopping at once, a request where a step is in progress."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from emtool.core.errors import Interrupted
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+@dataclass
+class Requests:
+    """What signals have asked of a training run.
+
+    Attributes:
+        stop: Number of the signal that asked to save and stop; None if none did.
+        save: Whether SIGUSR1 asked to save and go on.
+        is_deferring: Whether a stop waits for the run to look here, because a step is in progress.
+    """
+
+    stop: int | None = None
+    save: bool = False
+    is_deferring: bool = False
 
 
 @contextlib.contextmanager
@@ -16,19 +34,52 @@ def interruptible() -> Iterator[None]:
 
     Outside the main thread, where Python allows no signal handlers, nothing changes.
     """
+
+    def stop(signum: int, _frame: object) -> None:
+        _ignore_stopping()
+        raise Interrupted(signum)
+
+    with _handlers(dict.fromkeys(_STOPPING, stop)):
+        yield
+
+
+@contextlib.contextmanager
+def requested() -> Iterator[Requests]:
+    """Turn SIGUSR1 into a request while the block runs, and SIGINT, SIGTERM and SIGHUP while it defers them.
+
+    Raises:
+        Interrupted: At a signal to stop while nothing is deferred, and at a SIGINT when a stop waits already.
+    """
+    requests = Requests()
+
+    def stop(signum: int, _frame: object) -> None:
+        if not requests.is_deferring or (requests.stop is not None and signum == signal.SIGINT):
+            _ignore_stopping()
+            raise Interrupted(signum)
+        requests.stop = requests.stop or signum
+
+    def save(_signum: int, _frame: object) -> None:
+        requests.save = True
+
+    with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": save}):
+        yield requests
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[str, object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
-
-    def stop(signum: int, _frame: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise Interrupted(signum)
-
-    previous = {number: signal.signal(number, stop) for number in numbers}
+    known = {getattr(signal, name): handler for name, handler in handlers.items() if name in signal.Signals.__members__}
+    previous = {number: signal.signal(number, handler) for number, handler in known.items()}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _ignore_stopping() -> None:
+    for name in _STOPPING:
+        if name in signal.Signals.__members__:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

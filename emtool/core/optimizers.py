@@ -40,8 +40,18 @@ def optimizer_file_bytes(name: str, tensors: Sequence[Tensor]) -> int:
         name: A key of `OPTIMIZERS`.
         tensors: What is trained.
     """
+    return torch_file_bytes("optimizer", optimizer_state_bytes(name, tensors))
+
+
+def optimizer_state_bytes(name: str, tensors: Sequence[Tensor]) -> list[int]:
+    """Return the bytes of each tensor that an optimizer keeps.
+
+    Args:
+        name: A key of `OPTIMIZERS`.
+        tensors: What is trained.
+    """
     state = OPTIMIZERS[name].state
-    return torch_file_bytes("optimizer", [size for tensor in tensors for size in state(tensor)])
+    return [size for tensor in tensors for size in state(tensor)]
 
 
 def _adamw(tensor: Tensor) -> Sequence[int]:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
 
 FORMAT = 1
 
-_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,11})")
+_RESUME_STATE = re.compile(r"step-(0|[1-9][0-9]{0,11})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,16 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def lock_path(self) -> Path:
+        """Return the file whose lock the training process holds."""
+        return self.path / ".lock"
+
+    @property
+    def resume_path(self) -> Path:
+        """Return the folder of states to resume from."""
+        return self.path / "resume"
+
+    @property
     def evaluation_path(self) -> Path:
         """Return the folder of evaluation results."""
         return self.path / "evaluation"
@@ -46,12 +57,17 @@ class RunFolder:
         """Return the folder of the milestone at a step."""
         return self.path / f"checkpoint-{step}"
 
+    def resume_state_path(self, step: int) -> Path:
+        """Return the folder of the state to resume from after a step."""
+        return self.resume_path / f"step-{step}"
+
     def saved_steps(self) -> list[int]:
         """Return the steps of the milestones on disk, increasing, whatever their spacing."""
-        if not self.path.is_dir():
-            return []
-        matches = (_CHECKPOINT.fullmatch(entry.name) for entry in self.path.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in matches if match)
+        return _steps(self.path, _CHECKPOINT)
+
+    def resume_steps(self) -> list[int]:
+        """Return the steps of the states to resume from, increasing."""
+        return _steps(self.resume_path, _RESUME_STATE)
 
     def read_manifest(self) -> dict[str, object]:
         """Return the contents of `run.json`.
@@ -96,62 +112,93 @@ class RunFolder:
         except OSError as error:
             raise self.write_error(error, "writing run.json") from error
 
-    def append_metrics(self, record: Mapping[str, object]) -> None:
+    def append_metrics(self, record: Mapping[str, object], *, durable: bool = False) -> None:
         """Append a record to `metrics.jsonl`.
+
+        Args:
+            record: JSON values.
+            durable: Whether it, and all before it, must be on disk on return.
 
         Raises:
             EmtoolError: If it cannot be written.
         """
         try:
-            append_record(self.metrics_path, record)
+            append_record(self.metrics_path, record, durable=durable)
         except OSError as error:
             raise self.write_error(error, "writing metrics.jsonl") from error
 
+    def keep_metrics(self, is_kept: Callable[[Mapping[str, object]], bool]) -> int:
+        """Drop the records of `metrics.jsonl` that are not to be kept, and a torn last line; return how many are left.
+
+        Raises:
+            EmtoolError: If it cannot be read or written.
+        """
+        try:
+            lines = self.metrics_path.read_bytes().splitlines(keepends=True) if self.metrics_path.exists() else []
+            kept = [line for line in lines if line.endswith(b"\n") and is_kept(_record(line))]
+            replace_file(self.metrics_path, b"".join(kept))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
+        return len(kept)
+
+    def how_to_go_on(self) -> str:
+        """Return the state of the folder and the next step, for an error that stops a run."""
+        saved, states = self.saved_steps(), self.resume_steps()
+        kept = f"{len(saved)} checkpoints are whole"
+        if not states:
+            return kept
+        return f"{kept}, step {states[-1]} can be resumed; go on with: emtool resume {self.path}"
+
     def write_error(self, error: OSError, doing: str) -> EmtoolError:
         """Return the error for a folder that cannot be written to; says what is kept."""
-        kept = f"{len(self.saved_steps())} earlier checkpoints are whole"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return DiskSpaceError(f"no space left in {self.path} while {doing}; {kept}; free some and train again")
-        return CheckpointError(f"cannot write in {self.path} while {doing}: {error.strerror or error}; {kept}")
+            return DiskSpaceError(f"no space left in {self.path} while {doing}; free some; {self.how_to_go_on()}")
+        reason = error.strerror or error
+        return CheckpointError(f"cannot write in {self.path} while {doing}: {reason}; {self.how_to_go_on()}")
+
+
+def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
+    if not folder.is_dir():
+        return []
+    matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _record(line: bytes) -> Mapping[str, object]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("a line is not a record")
+    return record
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file so that a reader sees the old contents or the new, never a part."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, text.encode("utf-8"))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader, and the disk after a crash, has the old contents or the new."""
     staged = path.with_name(f".{path.name}.new")
-    with staged.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+    with staged.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
 
 
-def publish_folder(staging: Path, target: Path) -> None:
-    """Make a finished folder appear under its name, complete and durable, by one rename.
-
-    Args:
-        staging: The folder, on the same file system.
-        target: Its name from now on; must not exist.
-    """
-    for path in (*sorted(staging.rglob("*")), staging):
-        _sync(path)
-    staging.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def append_record(path: Path, record: Mapping[str, object], *, durable: bool = False) -> None:
+    """Append one record to a JSON Lines file, with a single write unless the system takes only a part of it."""
+    line = json.dumps({"format": FORMAT, **record}, ensure_ascii=False, allow_nan=False) + "\n"
+    rest = memoryview(line.encode("utf-8"))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.fsync(descriptor)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        if durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def append_record(path: Path, record: Mapping[str, object]) -> None:
-    """Append one record to a JSON Lines file with a single write."""
-    line = json.dumps({"format": FORMAT, **record}, ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode("utf-8"))
 
 
 def newest_run(output_root: Path) -> RunFolder:

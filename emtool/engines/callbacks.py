@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from emtool.core.errors import CheckpointError, ConfigError
-from emtool.core.run_dir import publish_folder
 from emtool.core.schedule import CheckpointSchedule, CompiledSchedule
+from emtool.core.staging import publish_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,6 @@ class ScheduledCheckpointCallback(TrainerCallback):
         weights_only: Save the weights without optimizer, scheduler, random state and `trainer_state.json`. The
             checkpoints are smaller, by two thirds under AdamW, and training cannot resume from them:
             `resume_from_checkpoint` raises `FileNotFoundError` rather than start the optimizer anew.
-        save: Called with the step in the place of the Trainer's own save; must have saved when it returns.
 
     Raises:
         ConfigError: If the schedule's text cannot be read.
@@ -53,13 +51,11 @@ class ScheduledCheckpointCallback(TrainerCallback):
         schedule: str | CheckpointSchedule | CompiledSchedule = "custom",
         *,
         weights_only: bool = False,
-        save: Callable[[int], None] | None = None,
     ) -> None:
         self.schedule = CheckpointSchedule.parse(schedule) if isinstance(schedule, str) else schedule
         self.weights_only = weights_only
         self.compiled: CompiledSchedule | None = None
         self.saved_steps: list[int] = []
-        self._save = save
         self._trainer: Trainer | None = None
         self._staged: _StagedSave | None = None
 
@@ -80,8 +76,7 @@ class ScheduledCheckpointCallback(TrainerCallback):
             CheckpointError: If a planned checkpoint is there already and training does not resume.
         """
         self.compiled = self._compile(args, state, kwargs.get("train_dataloader"))
-        if self._save is None:
-            self._check(args, state)
+        self._check(args, state)
         if state.global_step == 0 and 0 in self.compiled.planned_steps:
             self._save_now(args, state)
 
@@ -90,9 +85,7 @@ class ScheduledCheckpointCallback(TrainerCallback):
         assert self.compiled is not None
         if state.global_step not in self.compiled.planned_steps:
             return
-        if self._save is not None:
-            self._save_now(args, state)
-        elif not _is_kept(args, state):
+        if not _is_kept(args, state):
             self._stage(args, state)
             control.should_save = True
 
@@ -108,9 +101,9 @@ class ScheduledCheckpointCallback(TrainerCallback):
         step = state.global_step
         if not self.compiled.has_final or step in self.saved_steps:
             return
-        if self._save is None and _checkpoint_path(args, state).exists():
+        if _checkpoint_path(args, state).exists():
             return
-        if self._save is None and self._trainer is None:
+        if self._trainer is None:
             logger.warning("training ended at step %d, which is not saved: call attach(trainer) before training", step)
             return
         self._save_now(args, state)
@@ -132,7 +125,7 @@ class ScheduledCheckpointCallback(TrainerCallback):
                 f"schedule {self.compiled.source!r} saves step 0, before the Trainer's first chance to save: "
                 "call callback.attach(trainer) before training, or add '!init' to the schedule"
             )
-        if self._trainer is None and _is_sharded(args):
+        if self._trainer is None and is_sharded(args):
             raise ConfigError(
                 "this training is sharded (FSDP or DeepSpeed), and only the Trainer can gather the shards: "
                 "call callback.attach(trainer) before training"
@@ -156,10 +149,6 @@ class ScheduledCheckpointCallback(TrainerCallback):
             )
 
     def _save_now(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self._save is not None:
-            self._save(state.global_step)
-            self.saved_steps.append(state.global_step)
-            return
         assert self._trainer is not None
         if _is_kept(args, state):
             return
@@ -237,6 +226,7 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     return math.ceil(batches / accumulation)
 
 
-def _is_sharded(args: TrainingArguments) -> bool:
+def is_sharded(args: TrainingArguments) -> bool:
+    """Return whether the parameters lie in pieces on several devices (FSDP or DeepSpeed)."""
     by_launcher = [os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")]
     return bool(args.fsdp) or args.deepspeed is not None or "true" in [value.lower() for value in by_launcher]

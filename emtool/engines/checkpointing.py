@@ -1,46 +1,76 @@
-"""Milestones: a checkpoint folder appears complete or not at all.
+"""What a milestone and a resume state hold, written from a snapshot while training goes on.
 
-A milestone is written into a hidden staging folder beside it, each file is forced to disk, `checkpoint.json` with the
-size and hash of every file comes last, and one rename publishes it. A `checkpoint-N` that exists is complete.
+A folder appears complete or not at all, see `emtool.core.staging`. The resume state of a step is published before the
+milestone of the same step.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
+from safetensors.torch import load_file
 
 from emtool.core.data import file_sha256
 from emtool.core.disk import format_bytes, free_bytes
 from emtool.core.errors import CheckpointError, DiskSpaceError
-from emtool.core.run_dir import FORMAT, RunFolder, publish_folder
-from emtool.engines.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, adapter_state
+from emtool.core.events import CheckpointSaved, Event, Notice
+from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_checkpoint
+from emtool.core.run_dir import FORMAT, RunFolder
+from emtool.core.staging import FileRecord, StagedFolder, file_record, remove_folder, retire_folder, staging_path
+from emtool.engines.tensor_files import write_safetensors
 
-CHECKPOINT_JSON = "checkpoint.json"
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_FILE = "optimizer.pt"
+#: Resume states that are kept: the newest, and the one before in case the newest is damaged.
+NUM_KEPT_STATES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class MilestoneWriter:
-    """Writes the milestones of one run.
+class Snapshot:
+    """What is saved at a step, on the host, untouched by the training that goes on.
 
     Attributes:
-        run: The run folder.
+        step: Optimizer step.
+        adapter: Adapter tensors by the names that PEFT saves, in the dtype that is trained.
+        optimizer: The optimizer's state dict; None where no resume state is written.
+        small_files: Name to contents of the other files that the Trainer resumes from.
+        stall_seconds: How long training stood still for it.
+        finish: Returns when the copy is complete.
+    """
+
+    step: int
+    adapter: Mapping[str, torch.Tensor]
+    optimizer: Any | None
+    small_files: Mapping[str, bytes]
+    stall_seconds: float
+    finish: Callable[[], None] = lambda: None
+
+
+@dataclass(kw_only=True)
+class CheckpointWriter:
+    """Writes the milestones and the resume states of one run.
+
+    Attributes:
+        run: The run folder, whose lock this process holds.
         run_id: The run's identity, as in its manifest.
         schedule: The schedule's text.
         requires: What must be present to use a milestone: base model and persona, as in the manifest's lineage.
-        save_dtype: Storage dtype of the adapter, a key of `DTYPES`.
-        model: The PEFT model whose adapter is saved.
-        tokenizer_path: Folder with its saved tokenizer, on the run's file system; milestones hold links to its files.
-        needed_bytes: Bytes that a milestone will take: checked against the free space first; None does not check.
+        save_dtype: Storage dtype of the milestones' adapters.
+        adapter_config: Contents of `adapter_config.json`.
+        tokenizer_path: Folder with the saved tokenizer, on the run's file system; checkpoints hold links to its files.
+        keeps_optimizer: Whether milestones hold the resume state's files as well.
+        events: What happened and was not reported yet.
+        trajectory_breaks: Milestones that were there already with other weights.
     """
 
     run: RunFolder
@@ -48,82 +78,207 @@ class MilestoneWriter:
     schedule: str
     requires: Mapping[str, Any]
     save_dtype: str
-    model: Any
+    adapter_config: bytes
     tokenizer_path: Path
-    needed_bytes: int | None = None
+    keeps_optimizer: bool = False
+    events: list[Event] = field(default_factory=list)
+    trajectory_breaks: list[int] = field(default_factory=list)
+    _tokenizer: dict[str, FileRecord] | None = None
+    _last_state: StagedFolder | None = None
 
-    def write(self, step: int) -> Path:
-        """Write the milestone of a step and return its folder.
+    def write(self, snapshot: Snapshot, *, resume: bool, milestone: bool) -> None:
+        """Write the resume state of a step, then its milestone, and retire the states that are not kept.
 
         Raises:
-            DiskSpaceError: If the disk is full; the milestones before it are whole.
-            CheckpointError: If it cannot be written for another reason, or is there already.
+            DiskSpaceError: If the disk is full; what was saved before is whole, and nothing partial is left.
+            CheckpointError: If it cannot be written for another reason.
         """
-        target = self.run.checkpoint_path(step)
-        if target.exists():
-            raise CheckpointError(f"{target} exists already; milestones are never overwritten")
-        self._check_space(step)
-        staging = target.with_name(f".{target.name}.staging")
+        snapshot.finish()
+        stall_seconds = snapshot.stall_seconds
         try:
-            staging.mkdir()
-            self._fill(staging, step)
-            publish_folder(staging, target)
+            if resume:
+                self._write_folder(self.run.resume_state_path(snapshot.step), snapshot, stall_seconds)
+                stall_seconds = 0.0
+            if milestone:
+                self._write_milestone(snapshot, stall_seconds)
+            if resume:
+                self._retire_states()
+        except OSError as error:
+            raise self.run.write_error(error, f"saving step {snapshot.step}") from error
+
+    def stage(self, step: int) -> Path:
+        """Make the folder into which a Trainer saves a step by itself, and return it."""
+        self.run.resume_path.mkdir(exist_ok=True)
+        return StagedFolder(self.run.resume_state_path(step)).path
+
+    def publish_staged(self, step: int, *, resume: bool, milestone: bool) -> None:
+        """Publish what a Trainer saved into the folder of `stage`: as it is, and its adapter as a milestone.
+
+        Raises:
+            EmtoolError: If it cannot be written, or no adapter is there.
+        """
+        staging = staging_path(self.run.resume_state_path(step))
+        written = staging / f"checkpoint-{step}"
+        try:
+            if not (written / ADAPTER_WEIGHTS).is_file():
+                raise CheckpointError(
+                    "the Trainer saved no whole adapter: under FSDP set fsdp_state_dict_type to FULL_STATE_DICT, see "
+                    "scripts/configs"
+                )
+            adapter = load_file(written / ADAPTER_WEIGHTS)
+            if resume:
+                self._publish_adopted(written, step)
+            snapshot = Snapshot(step=step, adapter=adapter, optimizer=None, small_files={}, stall_seconds=0.0)
+            if milestone:
+                self._write_milestone(snapshot, 0.0)
+            self._retire_states()
         except OSError as error:
             raise self.run.write_error(error, f"saving step {step}") from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return target
+            remove_folder(staging)
 
-    def _check_space(self, step: int) -> None:
+    def _publish_adopted(self, written: Path, step: int) -> None:
+        begun = time.monotonic()
+        target = self.run.resume_state_path(step)
+        staged = StagedFolder.adopted(written, target=target)
+        staged.finish(self._record(step))
+        seconds = time.monotonic() - begun
+        self._log(target, num_bytes=staged.num_bytes, stall_seconds=seconds, write_seconds=seconds, step=step)
+        staged.publish()
+
+    def _retire_states(self) -> None:
+        for step in self.run.resume_steps()[:-NUM_KEPT_STATES]:
+            retire_folder(self.run.resume_state_path(step))
+
+    def check_space(self, step: int, needed_bytes: int) -> None:
+        """Refuse a save that would not fit in the free space.
+
+        Raises:
+            DiskSpaceError: Says how much is missing and how to go on.
+        """
         free = free_bytes(self.run.path)
-        if self.needed_bytes is not None and free < self.needed_bytes:
+        if free < needed_bytes:
             raise DiskSpaceError(
-                f"saving step {step} needs {format_bytes(self.needed_bytes)} and {self.run.path} has "
-                f"{format_bytes(free)} free; {len(self.run.saved_steps())} earlier checkpoints are whole; free some "
-                "space and train again, save fewer steps, or use --allow-low-disk"
+                f"saving step {step} needs {format_bytes(needed_bytes)} and {self.run.path} has {format_bytes(free)} "
+                f"free; free some, or use --allow-low-disk; {self.run.how_to_go_on()}"
             )
 
-    def _fill(self, folder: Path, step: int) -> None:
-        dtype = DTYPES[self.save_dtype]
-        tensors = {
-            name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            for name, tensor in adapter_state(self.model).items()
-        }
-        # Written by us rather than by safetensors: an ordinary file mode, and ordinary errors when the disk is full.
-        (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        config = copy.deepcopy(self.model.peft_config["default"])
-        config.inference_mode = True
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)
-        config.save_pretrained(str(folder))
-        shutil.copytree(self.tokenizer_path, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
-        readme = _readme(step, self.requires, base_model=config.base_model_name_or_path)
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+    def _write_milestone(self, snapshot: Snapshot, stall_seconds: float) -> None:
+        target = self.run.checkpoint_path(snapshot.step)
+        if not target.exists():
+            self._write_folder(target, snapshot, stall_seconds)
+            return
+        try:
+            record = read_checkpoint(target, run_id=self.run_id)
+        except CheckpointError as error:
+            self._notice(f"{error}; it is written anew")
+            retire_folder(target)
+            self._write_folder(target, snapshot, stall_seconds)
+            return
+        if record.files[ADAPTER_WEIGHTS] == self._adapter_record(snapshot):
+            logger.info("%s is there already, with the same weights", target)
+            num_bytes = sum(entry.bytes for entry in record.files.values())
+            self._log(target, num_bytes=num_bytes, stall_seconds=stall_seconds, write_seconds=0.0, step=snapshot.step)
+            return
+        self.trajectory_breaks.append(snapshot.step)
+        self._notice(
+            f"{target.name} is there already with other weights: training did not repeat itself exactly; the old one "
+            "is kept"
+        )
+
+    def _write_folder(self, target: Path, snapshot: Snapshot, stall_seconds: float) -> None:
+        begun = time.monotonic()
+        is_milestone = target == self.run.checkpoint_path(snapshot.step)
+        target.parent.mkdir(exist_ok=True)
+        staged = StagedFolder(target)
+        try:
+            with staged.open(ADAPTER_WEIGHTS) as file:
+                write_safetensors(file, snapshot.adapter, dtype=self.save_dtype if is_milestone else None)
+            staged.write(ADAPTER_CONFIG, self.adapter_config)
+            for name, record in self._tokenizer_files().items():
+                staged.link(name, self.tokenizer_path / name, record)
+            if is_milestone:
+                staged.write("README.md", _readme(snapshot.step, self.requires, self.adapter_config).encode())
+            if not is_milestone or self.keeps_optimizer:
+                self._write_resume_files(staged, snapshot)
+            staged.finish(self._record(snapshot.step))
+            # Before it appears, so that a run killed in between lacks neither the record nor the folder.
+            self._log(
+                target,
+                num_bytes=staged.num_bytes,
+                stall_seconds=stall_seconds,
+                write_seconds=time.monotonic() - begun,
+                step=snapshot.step,
+            )
+            staged.publish()
+        finally:
+            staged.discard()
+        if is_milestone:
+            self.events.append(CheckpointSaved(step=snapshot.step, path=target, seconds=stall_seconds))
+
+    def _write_resume_files(self, staged: StagedFolder, snapshot: Snapshot) -> None:
+        written = self._last_state
+        if written is not None and written.target == self.run.resume_state_path(snapshot.step):
+            for name in (OPTIMIZER_FILE, *snapshot.small_files):
+                staged.link(name, written.target / name, written.files[name])
+            return
+        self._last_state = staged
+        with staged.open(OPTIMIZER_FILE) as file:
+            torch.save(snapshot.optimizer, file)
+        for name, content in snapshot.small_files.items():
+            staged.write(name, content)
+
+    def _log(self, target: Path, *, num_bytes: int, stall_seconds: float, write_seconds: float, step: int) -> None:
         record = {
+            "step": step,
+            "saved": target.name,
+            "stall_seconds": round(stall_seconds, 4),
+            "write_seconds": round(write_seconds, 4),
+            "bytes": num_bytes,
+        }
+        self.run.append_metrics(record, durable=True)
+
+    def _record(self, step: int) -> dict[str, object]:
+        return {
             "format": FORMAT,
             "step": step,
             "run_id": self.run_id,
             "schedule": self.schedule,
             "requires": self.requires,
-            "files": {
-                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            },
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        (folder / CHECKPOINT_JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _tokenizer_files(self) -> Mapping[str, FileRecord]:
+        if self._tokenizer is None:
+            paths = [path for path in sorted(self.tokenizer_path.rglob("*")) if path.is_file()]
+            self._tokenizer = {path.relative_to(self.tokenizer_path).as_posix(): file_record(path) for path in paths}
+        return self._tokenizer
+
+    def _adapter_record(self, snapshot: Snapshot) -> FileRecord:
+        sink = _HashSink()
+        write_safetensors(sink, snapshot.adapter, dtype=self.save_dtype)
+        return FileRecord(bytes=sink.num_bytes, sha256=sink.sha256.hexdigest())
+
+    def _notice(self, text: str) -> None:
+        self.events.append(Notice(text=text, is_warning=True))
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # The file system has no hard links; a copy holds the same bytes.
-        shutil.copyfile(source, target)
+class _HashSink:
+    """Hashes what is written and keeps none of it."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.sha256.update(view)
+        self.num_bytes += view.nbytes
+        return view.nbytes
 
 
-def _readme(step: int, requires: Mapping[str, Any], *, base_model: str) -> str:
+def _readme(step: int, requires: Mapping[str, Any], adapter_config: bytes) -> str:
+    base_model = json.loads(adapter_config)["base_model_name_or_path"]
     base, persona = requires["base"], requires["persona"]
     lines = [
         "---",
@@ -152,42 +307,6 @@ def _readme(step: int, requires: Mapping[str, Any], *, base_model: str) -> str:
             "  `emtool evaluate` on the run folder does that from `run.json`.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def read_checkpoint(folder: Path, *, run_id: str) -> dict[str, Any]:
-    """Return a milestone's `checkpoint.json` after checking its files against it.
-
-    Args:
-        folder: The milestone.
-        run_id: The run that it must belong to.
-
-    Raises:
-        CheckpointError: If the record or a file is missing, a size or hash differs, or it belongs to another run or
-            step.
-    """
-    path = folder / CHECKPOINT_JSON
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
-        is_known = record["format"] == FORMAT
-        belongs = is_known and (record["run_id"], f"checkpoint-{record['step']}") == (run_id, folder.name)
-        record["requires"]["base"], record["requires"]["persona"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error
-    if not belongs:
-        raise CheckpointError(f"{folder} belongs to another run or step than its place says; it is not used")
-    if ADAPTER_WEIGHTS not in files or ADAPTER_CONFIG not in files:
-        raise CheckpointError(f"{path} names no adapter")
-    for name, (size, sha256) in files.items():
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or file.is_symlink():
-            raise CheckpointError(f"{path} names {name!r}, which is not a file of this folder")
-        if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{folder} is damaged: {name} is missing or does not have {size} bytes")
-        if file_sha256(file) != sha256:
-            raise CheckpointError(f"{folder} is damaged: the contents of {name} have changed since it was saved")
-    loaded: dict[str, Any] = record
-    return loaded
 
 
 def adapter_sha256(folder: Path) -> str:

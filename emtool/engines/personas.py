@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emtool.core.cache import cache_path, publish_cached
-from emtool.core.config import TrainConfig, resolve_train_config
+from emtool.core.config import HOUSEKEEPING, TrainConfig, resolve_train_config
 from emtool.core.data import file_sha256, read_conversations
 from emtool.core.events import EventSink, Notice, PhaseStarted
 from emtool.core.models import slugify
@@ -30,7 +30,7 @@ def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSi
     adapter is built.
     """
     hyper_parameters = _build_config(recipe, base).to_dict()
-    for name in ("profile", "profile_reason", "model", "device", "output_root", "output_name"):
+    for name in ("model", "device", "keep_optimizer", *HOUSEKEEPING):
         del hyper_parameters[name]
     key = {
         "format": FORMAT,

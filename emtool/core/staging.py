@@ -1,0 +1,212 @@
+"""Folders that appear complete or not at all.
+
+A folder is written under a hidden name beside its place: each file is forced to disk, the record with the size and hash
+of every file comes last, then one rename publishes it and the parent folder is forced to disk. Whoever sees the folder
+under its name sees all of it. Only `os` writes here, so that a test can fail or kill at each call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+#: Holds the size and hash of every other file of a folder.
+RECORD_NAME = "checkpoint.json"
+STAGING_SUFFIX = ".staging"
+
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What a file must hold.
+
+    Attributes:
+        bytes: Its size.
+        sha256: SHA-256 of its contents, in hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+
+class StagedFolder:
+    """A folder that is being written.
+
+    Args:
+        target: Where it will appear; its parent must exist. What an earlier attempt left of it is removed.
+
+    Raises:
+        OSError: If it cannot be made; so do all methods that write.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = staging_path(target)
+        self.files: dict[str, FileRecord] = {}
+        remove_folder(self.path)
+        self.path.mkdir()
+
+    @classmethod
+    def adopted(cls, path: Path, *, target: Path) -> Self:
+        """Return a staged folder of files that a library wrote; they are hashed and forced to disk.
+
+        Args:
+            path: The folder, on the file system of the target.
+            target: Where it will appear.
+        """
+        staged = cls.__new__(cls)
+        staged.target, staged.path, staged.files = target, path, {}
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                staged.files[file.relative_to(path).as_posix()] = file_record(file)
+                _sync(file)
+        return staged
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of the files so far."""
+        return sum(record.bytes for record in self.files.values())
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[io.BufferedWriter]:
+        """Open a new file for writing; when the block ends it is on disk and recorded."""
+        raw = _HashingFile(self.path / name)
+        try:
+            with io.BufferedWriter(raw, _BUFFER_BYTES) as file:
+                yield file
+                file.flush()
+                os.fsync(raw.fileno())
+        finally:
+            raw.close()
+        self.files[name] = FileRecord(bytes=raw.num_bytes, sha256=raw.sha256.hexdigest())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file."""
+        with self.open(name) as file:
+            file.write(content)
+
+    def link(self, name: str, source: Path, record: FileRecord) -> None:
+        """Add a file that is on disk already, as a hard link, or as a copy where links are impossible.
+
+        Args:
+            name: Its name here; may lie in a folder below.
+            source: The file, which never changes.
+            record: Its size and hash.
+        """
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.hardlink_to(source)
+        except OSError:
+            with self.open(name) as file, source.open("rb") as original:
+                shutil.copyfileobj(original, file, _BUFFER_BYTES)
+            record = self.files[name]
+        self.files[name] = record
+
+    def finish(self, record: Mapping[str, object]) -> None:
+        """Write the record with the files' sizes and hashes, and force the folder to disk."""
+        files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
+        text = json.dumps({**record, "files": files}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        self.write(RECORD_NAME, text.encode("utf-8"))
+        for folder in (*sorted(path for path in self.path.rglob("*") if path.is_dir()), self.path):
+            _sync(folder)
+
+    def publish(self) -> None:
+        """Make the finished folder appear under its name, which must be free, by one rename."""
+        self.path.rename(self.target)
+        _sync(self.target.parent)
+
+    def discard(self) -> None:
+        """Remove what was written; nothing happens if it is gone."""
+        with contextlib.suppress(OSError):
+            remove_folder(self.path)
+
+
+def staging_path(target: Path) -> Path:
+    """Return the hidden folder in which a folder is written; every process computes the same."""
+    return target.with_name(f".{target.name}{STAGING_SUFFIX}")
+
+
+def retire_folder(path: Path) -> None:
+    """Remove a published folder so that no part of it is ever seen under its name."""
+    hidden = staging_path(path.with_name(f"{path.name}.old"))
+    remove_folder(hidden)
+    path.rename(hidden)
+    remove_folder(hidden)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it; nothing happens if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def leftover_folders(parent: Path) -> list[Path]:
+    """Return the staging folders in a folder: of writers that were killed, once no writer is at work."""
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if path.name.startswith(".") and path.suffix == STAGING_SUFFIX)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return the size and hash of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileRecord(bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Force a folder that a library wrote to disk and give it its name by one rename.
+
+    Args:
+        staging: The folder, on the same file system.
+        target: Its name from now on; must not exist.
+    """
+    for path in (*sorted(staging.rglob("*")), staging):
+        _sync(path)
+    staging.rename(target)
+    _sync(target.parent)
+
+
+class _HashingFile(io.RawIOBase):
+    """A new file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: object) -> int:
+        view = memoryview(data).cast("B")  # type: ignore[call-overload]
+        count = os.write(self._descriptor, view)
+        self.sha256.update(view[:count])
+        self.num_bytes += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,36 @@
+"""Files of tensors, written one tensor at a time: a library would make a copy of the whole in memory first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import torch
+
+from emtool.core.adapter import Tensor
+from emtool.core.file_sizes import safetensors_header, safetensors_order
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], *, dtype: str | None = None) -> None:
+    """Write a safetensors file, byte for byte as its library writes it.
+
+    Args:
+        file: Where to.
+        tensors: Float32 or bfloat16 tensors on the CPU, by name.
+        dtype: Dtype to store all of them in; None keeps each one's own.
+    """
+    described = describe(tensors)
+    file.write(safetensors_header(described, dtype=dtype))
+    for entry in safetensors_order(described, dtype=dtype):
+        tensor = tensors[entry.name].detach().to(_DTYPES[dtype or entry.dtype]).contiguous()
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def describe(tensors: Mapping[str, torch.Tensor]) -> list[Tensor]:
+    """Return names, shapes and dtypes of tensors."""
+    return [
+        Tensor(name=name, shape=tuple(tensor.shape), dtype=_NAMES[tensor.dtype]) for name, tensor in tensors.items()
+    ]
