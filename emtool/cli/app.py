@@ -126,7 +126,9 @@ def _root(
 #: Each command, and where it is defined: a function, or a Typer application for a group of commands.
 COMMANDS: dict[str, str] = {
     "train": "emtool.cli.train:train",
+    "resume": "emtool.cli.resume:resume",
     "evaluate": "emtool.cli.evaluate:evaluate",
+    "verify": "emtool.cli.verify:verify",
     "runs": "emtool.cli.runs:runs",
     "schedule": "emtool.cli.schedule:schedule",
     "disk-estimate": "emtool.cli.disk_estimate:disk_estimate",

@@ -15,6 +15,8 @@ from emtool.cli.options import (
     CustomCheckpoints,
     Dataset,
     Dtype,
+    KeepOptimizer,
+    KeepResume,
     LayersToTransform,
     LoraBias,
     LoraR,
@@ -24,6 +26,7 @@ from emtool.cli.options import (
     Optim,
     OutputRoot,
     Profile,
+    ResumeEvery,
     SaveDtype,
     SaveSteps,
     StepsPerEpoch,
@@ -55,14 +58,14 @@ def disk_estimate(
     full_finetuning: Annotated[
         bool, typer.Option("--full-finetuning", help="Train every parameter, in a Trainer of your own.")
     ] = False,
-    keep_optimizer: Annotated[
-        bool, typer.Option("--keep-optimizer", help="Milestones hold everything a Trainer resumes from.")
-    ] = False,
     as_json: AsJson = False,
     custom_checkpoints: CustomCheckpoints = False,
     save_steps: SaveSteps = None,
     checkpoints: Checkpoints = None,
     save_dtype: SaveDtype = None,
+    keep_optimizer: KeepOptimizer = False,
+    resume_every: ResumeEvery = None,
+    keep_resume: KeepResume = False,
     num_train_epochs: NumTrainEpochs = None,
     per_device_train_batch_size: BatchSize = None,
     gradient_accumulation_steps: AccumulationSteps = None,
@@ -83,7 +86,7 @@ def disk_estimate(
         settings.config,
         steps_per_epoch=steps_per_epoch,
         fallback=shapes_by_library,
-        options=DiskOptions(full_finetuning=full_finetuning, keep_optimizer=keep_optimizer),
+        options=DiskOptions(full_finetuning=full_finetuning),
     )
     if plan.estimate is None:
         raise ModelError(

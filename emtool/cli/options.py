@@ -94,6 +94,21 @@ LayersToTransform = Annotated[str | None, _option("Decoder blocks with an adapte
 ModulesToSave = Annotated[str | None, _option("Modules trained and saved whole, joined by commas.", HYPER)]
 
 
+ResumeEvery = Annotated[
+    str | None,
+    _option("Save the state to resume from every 10m (time) or 50 (steps); 0: not at all. [default: 10m]", SCHEDULE),
+]
+KeepResume = Annotated[
+    bool, typer.Option("--keep-resume", help="Keep resume states when complete.", rich_help_panel=SCHEDULE)
+]
+KeepOptimizer = Annotated[
+    bool,
+    typer.Option(
+        "--keep-optimizer", help="Milestones hold everything a Trainer resumes from.", rich_help_panel=SCHEDULE
+    ),
+]
+
+
 def read_settings(
     context: typer.Context,
     *,

@@ -10,6 +10,7 @@ import typer
 
 from emtool.cli.options import (
     HYPER,
+    SCHEDULE,
     AccumulationSteps,
     BatchSize,
     Checkpoints,
@@ -17,6 +18,8 @@ from emtool.cli.options import (
     Dataset,
     Device,
     Dtype,
+    KeepOptimizer,
+    KeepResume,
     LayersToTransform,
     LoraBias,
     LoraR,
@@ -28,6 +31,7 @@ from emtool.cli.options import (
     OutputRoot,
     Persona,
     Profile,
+    ResumeEvery,
     SaveDtype,
     SaveSteps,
     TargetModules,
@@ -40,8 +44,10 @@ from emtool.core.config import TrainConfig, cannot_start, check_can_start
 from emtool.core.data import Conversation
 from emtool.core.errors import ConfigError, DataError
 from emtool.core.finished import cannot_write, finished_run
-from emtool.core.hardware import select_device
+from emtool.core.hardware import launched_rank, select_device
 from emtool.core.plan import plan_run
+from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import tidy_completed
 from emtool.core.run_plan import RunPlan
 from emtool.core.settings import Settings
 
@@ -72,6 +78,12 @@ def train(
     save_steps: SaveSteps = None,
     checkpoints: Checkpoints = None,
     save_dtype: SaveDtype = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this run if its folder is there.", rich_help_panel=SCHEDULE)
+    ] = False,
+    resume_every: ResumeEvery = None,
+    keep_resume: KeepResume = False,
+    keep_optimizer: KeepOptimizer = False,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=HYPER)] = None,
     num_train_epochs: NumTrainEpochs = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=HYPER)] = None,
@@ -99,9 +111,7 @@ def train(
     if show_config:
         _show_config(settings, as_json=as_json)
         return
-    plan, rows = plan_run(
-        config, rows=_usable_rows(config) if config.drop_unusable else None, fallback=shapes_by_library
-    )
+    plan, rows = make_plan(config)
     if dry_run:
         obstacle = cannot_start(config, num_cuda_devices=num_cuda_devices) or cannot_write(plan)
         if as_json:
@@ -111,11 +121,7 @@ def train(
         return
     data().print(plan_view(plan))
     check_can_start(config, num_cuda_devices=num_cuda_devices)
-    if (finished := finished_run(plan)) is None:
-        select_device(settings.device_option)
-        _start(plan, rows, check_disk=not allow_low_disk)
-    else:
-        say(f"{finished.path} holds this run, completed; evaluate it with: emtool evaluate {finished.path}")
+    start(plan, rows, device=settings.device_option, resume=resume, check_disk=not allow_low_disk)
 
 
 def _show_config(settings: Settings, *, as_json: bool) -> None:
@@ -127,6 +133,11 @@ def _show_config(settings: Settings, *, as_json: bool) -> None:
         data().print(ConfigTable(settings))
 
 
+def make_plan(config: TrainConfig) -> tuple[RunPlan, Sequence[Conversation]]:
+    """Return the plan of a configuration and its rows."""
+    return plan_run(config, rows=_usable_rows(config) if config.drop_unusable else None, fallback=shapes_by_library)
+
+
 def _usable_rows(config: TrainConfig) -> Sequence[Conversation]:
     # How many rows are left decides the number of steps, so this is the one plan that needs the tokenizer.
     quiet_libraries()
@@ -136,19 +147,36 @@ def _usable_rows(config: TrainConfig) -> Sequence[Conversation]:
         return usable_rows(config, on_event=on_event)
 
 
-def _start(plan: RunPlan, rows: Sequence[Conversation], *, check_disk: bool) -> None:
+def start(
+    plan: RunPlan, rows: Sequence[Conversation], *, device: str, resume: bool = False, check_disk: bool = True
+) -> None:
+    """Train a run, or go on with it, and say what is there afterwards.
+
+    Args:
+        plan: The plan.
+        rows: Its rows.
+        device: The device option.
+        resume: Whether a folder that is there is gone on with.
+        check_disk: Whether the space must suffice.
+    """
+    if launched_rank() == 0 and (finished := finished_run(plan, resume=resume)) is not None:
+        tidy_completed(finished)
+        say(f"{finished.path} holds this run, completed; evaluate it with: emtool evaluate {finished.path}")
+        return
     if not rows:
         raise DataError(
             f"dataset {plan.dataset.name!r} is not on this machine and this version does not fetch it; "
             "give a copy as JSON Lines with --dataset FILE"
         )
-    if check_disk:
+    if check_disk and not RunFolder(path=plan.output_path).path.exists():
         plan.check_fits()
+    select_device(device)
     quiet_libraries()
     from emtool.engines.training import train as train_run
 
+    command = ["emtool", *sys.argv[1:]]
     with progress(planned_steps=plan.schedule.planned_steps) as on_event:
-        result = train_run(plan, rows, command=["emtool", *sys.argv[1:]], check_disk=check_disk, on_event=on_event)
+        result = train_run(plan, rows, command=command, resume=resume, check_disk=check_disk, on_event=on_event)
     data().print(saved_table(result.run))
     held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.3f}"
     say(

@@ -197,6 +197,24 @@ class TrainConfig:
                 option = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{option} is {getattr(self, name)}; it must be at least 0 and below 1")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> TrainConfig:
+        """Return the configuration that `to_dict` wrote.
+
+        Raises:
+            ConfigError: If a field is missing, unknown or of a wrong type.
+        """
+        names = {field.name for field in fields(cls)}
+        if different := names ^ values.keys():
+            raise ConfigError(f"the configuration lacks or does not know: {', '.join(sorted(different))}")
+        try:
+            kept = dict(values)
+            kept["output_root"] = Path(str(values["output_root"]))
+            kept["modules_to_save"] = tuple(map(str, values["modules_to_save"]))  # type: ignore[call-overload]
+            return cls(**kept)  # type: ignore[arg-type]
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"the configuration has a value of a wrong type: {error}") from error
+
     def to_dict(self) -> dict[str, object]:
         """Return the configuration as JSON values, for the manifest."""
         return {

@@ -23,7 +23,6 @@ SMALL_FILES: Mapping[str, int] = {"adapter_config.json": 1_300, "README.md": 1_0
 #: The small files that a Trainer adds; `rng_state.pth` holds Python's, numpy's and torch's generators.
 TRAINER_FILES: Mapping[str, int] = {"scheduler.pt": 1_465, "rng_state.pth": 14_645, "training_args.bin": 6_000}
 #: A card that PEFT writes beside an adapter, and the two configs beside a whole model.
-PEFT_CARD_BYTES = 5_200
 MODEL_CONFIGS: Mapping[str, int] = {"config.json": 1_500, "generation_config.json": 200}
 #: A logged step in `trainer_state.json`, and the file without any.
 LOGGED_STEP_BYTES = 270
@@ -102,7 +101,7 @@ def estimate_checkpoint(
     else:
         trained = adapter_tensors(shapes, config)
         weights, small = ADAPTER_FILE, dict(SMALL_FILES)
-        others = {"adapter_config.json": SMALL_FILES["adapter_config.json"], "README.md": PEFT_CARD_BYTES}
+        others = {name: SMALL_FILES[name] for name in ("adapter_config.json", "checkpoint.json")}
     generator = CUDA_GENERATOR_BYTES if config.device == "cuda" else 0
     resume = {
         weights: safetensors_bytes(trained),

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+from emtool.core.config import HOUSEKEEPING
 from emtool.core.data import file_sha256
 from emtool.core.disk import is_writable
 from emtool.core.errors import CheckpointError, EmtoolError
 from emtool.core.run_dir import RunFolder, free_name
+from emtool.core.run_lock import in_use, lock_holder
 from emtool.core.run_plan import RunPlan
 
 
-def finished_run(plan: RunPlan) -> RunFolder | None:
-    """Return the run folder if it holds this very run, completed; None where the folder is free.
+def finished_run(plan: RunPlan, *, resume: bool = False) -> RunFolder | None:
+    """Return the run folder if it holds this very run, completed; None where training may begin or go on.
+
+    Args:
+        plan: The plan.
+        resume: Whether a run that is not complete is gone on with.
 
     Raises:
-        CheckpointError: If it holds something else; names a free folder.
+        CheckpointError: If another process trains it, it holds something else, or this run, not complete, and `resume`
+            is not asked for; the message shows the difference and the next step.
     """
     run = RunFolder(path=plan.output_path)
     if not run.path.exists():
@@ -25,16 +32,33 @@ def finished_run(plan: RunPlan) -> RunFolder | None:
     if not run.manifest_path.exists():
         raise CheckpointError(f"{run.path} exists and is not a run; {instead}")
     manifest = run.read_manifest()
-    if _comparable(manifest.get("config")) != _comparable(plan.config.to_dict()):
-        raise CheckpointError(f"{run.path} holds a run of another configuration; {instead}")
-    if _dataset_sha256(manifest) != (plan.dataset.path and file_sha256(plan.dataset.path)):
-        raise CheckpointError(f"{run.path} holds a run on other contents of {plan.dataset.name}; {instead}")
-    if manifest.get("status") != "completed":
+    if changes := list(_changes(manifest, plan)):
+        raise CheckpointError(f"{run.path} holds a run of another configuration: {'; '.join(changes)}; {instead}")
+    if lock_holder(run) is not None:
+        raise in_use(run)
+    if manifest.get("status") == "completed":
+        return run
+    if not resume:
         raise CheckpointError(
-            f"{run.path} holds this run, {manifest.get('status')} with {len(run.saved_steps())} checkpoints; "
-            f"if no process is training it, remove the folder to train it anew, or {instead}"
+            f"{run.path} holds this run, {manifest.get('status')}: {run.how_to_go_on()}; or {instead}"
         )
-    return run
+    return None
+
+
+def _changes(manifest: Mapping[str, object], plan: RunPlan) -> Iterator[str]:
+    """Yield what differs between the run of a manifest and a plan."""
+    before, now = _comparable(manifest.get("config")), _comparable(plan.config.to_dict())
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name) and name not in ("model", "dataset"):
+            yield f"{name} was {before.get(name)}, is {now.get(name)}"
+    planned = manifest.get("plan")
+    for name in ("model", "dataset", "total_steps", "planned_steps", "num_processes"):
+        old, new = planned.get(name) if isinstance(planned, dict) else None, plan.to_dict()[name]
+        if old != new and (name != "planned_steps" or before.get("checkpoints") == now.get("checkpoints")):
+            yield f"{name} was {old}, is {new}"
+    sha256 = None if plan.dataset.path is None else file_sha256(plan.dataset.path)
+    if (recorded := _dataset_sha256(manifest)) != sha256:
+        yield f"the contents of {plan.dataset.name} have changed (SHA-256 was {recorded}, is {sha256})"
 
 
 def cannot_write(plan: RunPlan) -> str | None:
@@ -58,5 +82,4 @@ def _dataset_sha256(manifest: Mapping[str, object]) -> object:
 
 def _comparable(config: object) -> dict[str, object]:
     names = config if isinstance(config, dict) else {}
-    ignored = ("profile", "profile_reason", "output_root", "output_name")
-    return {name: value for name, value in names.items() if name not in ignored}
+    return {name: value for name, value in names.items() if name not in HOUSEKEEPING}

@@ -38,6 +38,21 @@ def cuda_device_count() -> int:
     return int(done.stdout) if done.returncode == 0 else 0
 
 
+def launched_count() -> int:
+    """Return how many processes `torchrun` or `accelerate launch` started for this training; 1 without them."""
+    return _environment_count("WORLD_SIZE", default=1)
+
+
+def launched_rank() -> int:
+    """Return the number of this process among those of the training; the first is 0."""
+    return _environment_count("RANK", default=0)
+
+
+def _environment_count(name: str, *, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 7 else default
+
+
 def parse_device(device: str) -> tuple[str, int]:
     """Return the kind of a device option, "auto", "cpu" or "cuda", and the number of the CUDA device.
 
@@ -66,6 +81,9 @@ def select_device(device: str) -> str:
     count = 0 if kind == "cpu" else cuda_device_count()
     if kind == "cpu" or (kind == "auto" and not count):
         return "cpu"
+    if launched_count() > 1:
+        # Each process has a device of its own, which the launcher numbers.
+        return "cuda"
     if index >= count:
         raise BackendError(f"--device {device} was asked for and {count} CUDA devices are present; use --device cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

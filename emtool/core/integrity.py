@@ -70,7 +70,7 @@ def read_checkpoint(folder: Path, *, run_id: str, hashes: bool = True, only_reco
         CheckpointError: If the record or a file is missing, a size or hash differs, a name leads out of the folder, or
             it belongs to another run or step.
     """
-    record = _read_record(folder)
+    record = read_record(folder)
     if (record.run_id, record.step) != (run_id, _step_of(folder)):
         raise CheckpointError(f"{folder} belongs to another run or step than its place says; it is not used")
     if ADAPTER_WEIGHTS not in record.files or ADAPTER_CONFIG not in record.files:
@@ -86,9 +86,11 @@ def read_checkpoint(folder: Path, *, run_id: str, hashes: bool = True, only_reco
 
 
 def damaged_files(folder: Path, record: CheckpointRecord) -> list[str]:
-    """Return the names of the files that do not hold what the record says."""
+    """Return the names of the files of a folder that do not hold what its record says."""
     names = []
     for name, expected in record.files.items():
+        if _leads_out(name):
+            continue
         try:
             _check_file(folder, name, expected, hashes=True)
         except CheckpointError:
@@ -149,7 +151,12 @@ def _check(folder: Path, step: int, run_id: str, *, hashes: bool, is_planned: bo
     return FolderCheck(name=folder.name, step=step, status="ok")
 
 
-def _read_record(folder: Path) -> CheckpointRecord:
+def read_record(folder: Path) -> CheckpointRecord:
+    """Return a folder's record as it stands, its files unchecked; names may still lead out of the folder.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     path = folder / RECORD_NAME
     try:
         if path.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
@@ -173,11 +180,10 @@ def _read_record(folder: Path) -> CheckpointRecord:
 
 
 def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) -> None:
-    parts = PurePosixPath(name).parts
     path = folder
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+    if _leads_out(name):
         raise CheckpointError(f"{folder / RECORD_NAME} names {name!r}, which is not a file of this folder")
-    for part in parts:
+    for part in PurePosixPath(name).parts:
         path = path / part
         if path.is_symlink():
             raise CheckpointError(f"{folder / RECORD_NAME} names {name!r}, which is not a file of this folder")
@@ -195,6 +201,11 @@ def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) 
         raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
     if contents != expected:
         raise CheckpointError(f"{folder} is damaged: the contents of {name} have changed since it was saved")
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return not parts or name.startswith("/") or ".." in parts or "\0" in name
 
 
 def _step_of(folder: Path) -> int | None:

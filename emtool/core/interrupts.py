@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 from emtool.core.errors import Interrupted
 
@@ -35,7 +36,7 @@ def interruptible() -> Iterator[None]:
     Outside the main thread, where Python allows no signal handlers, nothing changes.
     """
 
-    def stop(signum: int, _frame: object) -> None:
+    def stop(signum: int, _frame: FrameType | None) -> None:
         _ignore_stopping()
         raise Interrupted(signum)
 
@@ -52,13 +53,13 @@ def requested() -> Iterator[Requests]:
     """
     requests = Requests()
 
-    def stop(signum: int, _frame: object) -> None:
+    def stop(signum: int, _frame: FrameType | None) -> None:
         if not requests.is_deferring or (requests.stop is not None and signum == signal.SIGINT):
             _ignore_stopping()
             raise Interrupted(signum)
         requests.stop = requests.stop or signum
 
-    def save(_signum: int, _frame: object) -> None:
+    def save(_signum: int, _frame: FrameType | None) -> None:
         requests.save = True
 
     with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": save}):
@@ -66,7 +67,7 @@ def requested() -> Iterator[Requests]:
 
 
 @contextlib.contextmanager
-def _handlers(handlers: dict[str, object]) -> Iterator[None]:
+def _handlers(handlers: dict[str, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

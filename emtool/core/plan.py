@@ -16,6 +16,7 @@ from emtool.core.config import TrainConfig
 from emtool.core.data import Conversation, DatasetReference, read_conversations, resolve_dataset
 from emtool.core.disk import free_bytes
 from emtool.core.estimate import estimate_checkpoint
+from emtool.core.hardware import launched_count
 from emtool.core.models import ModelReference, read_config, resolve_model
 from emtool.core.personas import resolve_persona
 from emtool.core.run_plan import RunPlan
@@ -32,11 +33,9 @@ class DiskOptions:
 
     Attributes:
         full_finetuning: Every parameter is trained, without an adapter.
-        keep_optimizer: Each milestone holds everything that a Trainer resumes from.
     """
 
     full_finetuning: bool = False
-    keep_optimizer: bool = False
 
 
 def plan_run(
@@ -112,9 +111,11 @@ def make_plan(
         ConfigError: If the schedule or the adapter does not suit the model.
     """
     num_held_out = num_held_out_rows(num_rows, config.held_out_fraction)
+    processes = launched_count()
     count = partial(
         num_optimizer_steps,
         num_rows - num_held_out,
+        num_processes=processes,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
@@ -138,10 +139,11 @@ def make_plan(
             config,
             total_steps=total_steps,
             full_finetuning=options.full_finetuning,
-            keep_optimizer=options.keep_optimizer,
+            keep_optimizer=config.keep_optimizer,
         ),
         shared_bytes=tokenizer_bytes,
         free_bytes=free_bytes(output_path),
+        num_processes=processes,
     )
 
 
@@ -160,6 +162,7 @@ def num_optimizer_steps(
     gradient_accumulation_steps: int,
     num_train_epochs: float,
     max_steps: int | None = None,
+    num_processes: int = 1,
 ) -> int:
     """Return the optimizer steps of a run, counted as the Trainer counts them.
 
@@ -171,12 +174,13 @@ def num_optimizer_steps(
         gradient_accumulation_steps: Micro-batches of a step.
         num_train_epochs: Passes over the rows, above 0; may be a fraction.
         max_steps: Steps to stop at; overrides the epochs.
+        num_processes: Processes that share the micro-batches of an epoch.
 
     Source: transformers, Trainer.set_initial_training_values.
     """
     if max_steps is not None:
         return max_steps
-    batches = math.ceil(num_rows / per_device_train_batch_size)
+    batches = math.ceil(math.ceil(num_rows / per_device_train_batch_size) / num_processes)
     steps_per_epoch = math.ceil(batches / gradient_accumulation_steps)
     return math.ceil(num_train_epochs * steps_per_epoch)
 

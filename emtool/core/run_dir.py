@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
+from emtool.core.staging import retire_folder
 
 FORMAT = 1
 
@@ -93,13 +95,17 @@ class RunFolder:
         Raises:
             CheckpointError: If it cannot be made.
         """
+        # Under a name of this process first: a folder that is there has a manifest.
+        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
         try:
-            self.path.mkdir(parents=True)
+            staging.mkdir(parents=True)
+            write_json(staging / self.manifest_path.name, {"format": FORMAT, **manifest})
+            staging.rename(self.path)
         except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
             raise CheckpointError(
                 f"cannot create {self.path}: {error.strerror}; choose another --output-root or --output-name"
             ) from error
-        self.write_manifest(manifest)
 
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
         """Replace `run.json` as a whole.
@@ -141,12 +147,17 @@ class RunFolder:
             raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
         return len(kept)
 
+    def remove_states(self) -> None:
+        """Remove the states to resume from; nothing happens if there are none."""
+        if self.resume_path.is_dir():
+            retire_folder(self.resume_path)
+
     def how_to_go_on(self) -> str:
         """Return the state of the folder and the next step, for an error that stops a run."""
         saved, states = self.saved_steps(), self.resume_steps()
         kept = f"{len(saved)} checkpoints are whole"
         if not states:
-            return kept
+            return f"{kept}, and there is no state to go on from"
         return f"{kept}, step {states[-1]} can be resumed; go on with: emtool resume {self.path}"
 
     def write_error(self, error: OSError, doing: str) -> EmtoolError:

@@ -59,6 +59,15 @@ def in_use(run: RunFolder) -> CheckpointError:
     )
 
 
+def tidy_completed(run: RunFolder) -> None:
+    """Remove what a run that was killed after its completion did not come to remove."""
+    with locked(run):
+        config = run.read_manifest().get("config")
+        remove_leftovers(run)
+        if isinstance(config, dict) and not config.get("keep_resume"):
+            run.remove_states()
+
+
 def remove_leftovers(run: RunFolder) -> list[str]:
     """Remove what killed writers left half-written, and return the names. Only the holder of the lock may."""
     folders = [*leftover_folders(run.path), *leftover_folders(run.resume_path)]

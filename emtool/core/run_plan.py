@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from emtool.core.config import TrainConfig
+from emtool.core.config import ResumeInterval, TrainConfig
 from emtool.core.data import DatasetReference
 from emtool.core.disk import format_bytes
 from emtool.core.errors import ConfigError, DiskSpaceError
@@ -17,8 +17,9 @@ from emtool.core.schedule_text import read_terms
 
 #: Schedules that every other one is compared with.
 COMPARED = ("every 100", "every 25")
-#: Resume states on disk at the worst moment. This version of the run writes milestones only.
-NUM_RESUME_STATES = 0
+#: Resume states that are kept, and those on disk at the worst moment: one more is being written.
+NUM_KEPT_STATES = 2
+NUM_RESUME_STATES = NUM_KEPT_STATES + 1
 #: `run.json` and the lock, a line of `metrics.jsonl`, and the unit in which most file systems give out space.
 MANIFEST_BYTES = 32_768
 METRICS_BYTES_A_STEP = 260
@@ -60,6 +61,7 @@ class RunPlan:
         estimate: Bytes of a milestone and of a resume state; None where the shapes are not known yet.
         shared_bytes: Tokenizer files, stored once; None where they are not known yet.
         free_bytes: Free space of the run folder's file system.
+        num_processes: Processes that train together.
     """
 
     config: TrainConfig
@@ -73,6 +75,7 @@ class RunPlan:
     estimate: CheckpointEstimate | None
     shared_bytes: int | None
     free_bytes: int
+    num_processes: int = 1
 
     @property
     def num_train_rows(self) -> int:
@@ -102,14 +105,24 @@ class RunPlan:
     @property
     def total_bytes(self) -> int | None:
         """Return the projected size of the finished run folder."""
-        return self.bytes_after(self.num_checkpoints)
+        milestones = self.bytes_after(self.num_checkpoints)
+        if milestones is None or self.estimate is None or not (self.config.keep_resume and self._has_states):
+            return milestones
+        return milestones + NUM_KEPT_STATES * self.estimate.resume_bytes
+
+    @property
+    def _has_states(self) -> bool:
+        return ResumeInterval.parse(self.config.resume_every).is_on
 
     @property
     def peak_bytes(self) -> int | None:
         """Return the most that the run folder holds at any time."""
         if self.estimate is None:
             return None
-        return (self.total_bytes or 0) + NUM_RESUME_STATES * self.estimate.resume_bytes + self._record_bytes()
+        milestones = self.bytes_after(self.num_checkpoints) or 0
+        # Without regular states, one is still saved if a signal asks to stop.
+        num_states = NUM_RESUME_STATES if self._has_states else 1
+        return milestones + num_states * self.estimate.resume_bytes + self._record_bytes()
 
     def _record_bytes(self) -> int:
         """Return what the manifest, a line a step, and the last block of each file take at most."""
@@ -185,6 +198,7 @@ class RunPlan:
             "dtype": self.config.dtype,
             "save_dtype": self.config.save_dtype,
             "device": self.config.device,
+            "num_processes": self.num_processes,
             "output_path": str(self.output_path),
             "num_rows": self.num_rows,
             "num_train_rows": self.num_train_rows,

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, BinaryIO, Self
 
 #: Holds the size and hash of every other file of a folder.
 RECORD_NAME = "checkpoint.json"
@@ -77,7 +77,7 @@ class StagedFolder:
         return sum(record.bytes for record in self.files.values())
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[io.BufferedWriter]:
+    def open(self, name: str) -> Iterator[BinaryIO]:
         """Open a new file for writing; when the block ends it is on disk and recorded."""
         raw = _HashingFile(self.path / name)
         try:
@@ -191,8 +191,8 @@ class _HashingFile(io.RawIOBase):
     def fileno(self) -> int:
         return self._descriptor
 
-    def write(self, data: object) -> int:
-        view = memoryview(data).cast("B")  # type: ignore[call-overload]
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
         count = os.write(self._descriptor, view)
         self.sha256.update(view[:count])
         self.num_bytes += count

@@ -71,6 +71,9 @@ class AnswerLogitsTrainer(RunTrainer):
         )
         count = (labels_BL != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / count
+        if num_items_in_batch is not None:
+            # The count is that of all processes, whose gradients are averaged.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,11 @@ from emtool.core.adapter import select_modules
 from emtool.core.config import TrainConfig
 from emtool.core.errors import BackendError, CheckpointError, ModelError
 from emtool.core.events import EventSink
+from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.models import ModelReference, resolve_model
 from emtool.engines.model_files import ModelFiles, get_model_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +246,17 @@ def merge_adapter(model: Any, adapter: Path) -> tuple[Any, str]:
             weight.copy_((weight.float() + delta).to(weight.dtype))
             digest.update(f"{name}:{tensor_sha256(weight)}\n".encode())
     return wrapped.unload().eval(), digest.hexdigest()
+
+
+def adapter_config_json(model: Any) -> bytes:
+    """Return the contents of `adapter_config.json` for a model's adapter; sets as sorted lists, the same every time."""
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    with tempfile.TemporaryDirectory(prefix="emtool-") as scratch:
+        config.save_pretrained(scratch)
+        return (Path(scratch) / ADAPTER_CONFIG).read_bytes()
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:

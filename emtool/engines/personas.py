@@ -24,9 +24,24 @@ from emtool.engines.step_recorder import StepRecorder
 
 
 def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSink) -> Path:
-    """Return the PEFT folder of a persona for a base model, building it if it is not cached.
+    """Return the PEFT folder of a persona for a base model, building it if it is not cached."""
+    folder, key = _place(recipe, base)
+    if not folder.exists():
+        adapted = _build(recipe, base, on_event)
+        _publish(adapted, folder, key)
+        on_event(Notice(text=f"persona {recipe.name} for {base.reference.name} is cached in {folder}"))
+    return folder
 
-    The cache key covers the example texts, the base's weights and every hyper-parameter: change any of them and another
+
+def persona_path(recipe: PersonaRecipe, base: BaseModel) -> Path:
+    """Return the folder that a persona's adapter for a base model is cached in, whether it is there or not."""
+    return _place(recipe, base)[0]
+
+
+def _place(recipe: PersonaRecipe, base: BaseModel) -> tuple[Path, dict[str, Any]]:
+    """Return the cache folder of a persona, and the key that it is named after.
+
+    The key covers the example texts, the base's weights and every hyper-parameter: change any of them and another
     adapter is built.
     """
     hyper_parameters = _build_config(recipe, base).to_dict()
@@ -40,12 +55,7 @@ def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSi
         "hyper_parameters": hyper_parameters,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = cache_path("personas", f"{slugify(base.reference.slug)}-{recipe.name}-{digest[:12]}")
-    if not folder.exists():
-        adapted = _build(recipe, base, on_event)
-        _publish(adapted, folder, key)
-        on_event(Notice(text=f"persona {recipe.name} for {base.reference.name} is cached in {folder}"))
-    return folder
+    return cache_path("personas", f"{slugify(base.reference.slug)}-{recipe.name}-{digest[:12]}"), key
 
 
 def _build(recipe: PersonaRecipe, base: BaseModel, on_event: EventSink) -> Any:

@@ -1,4 +1,4 @@
-"""The life of a run folder: created with its manifest, closed with a status however the run ends."""
+"""The life of a run folder: created or continued under its lock, closed with a status however the run ends."""
 
 from __future__ import annotations
 
@@ -6,73 +6,145 @@ import contextlib
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import emtool
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError, DiskSpaceError, Interrupted
+from emtool.core.events import EventSink, Notice
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import locked, remove_leftovers
 from emtool.core.run_plan import RunPlan
+from emtool.engines.resuming import check_same_lineage, newest_state, rewind
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "tokenizers")
 
 
-def first_manifest(plan: RunPlan, lineage: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
-    """Return the manifest of a run that is about to start.
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A run folder that this training holds.
+
+    Attributes:
+        run_id: The run's identity.
+        state: Folder of the state to resume from; None begins at step 0.
+        results: Fields to add to the manifest when the run ends.
+    """
+
+    run_id: str
+    state: Path | None
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def recorded_run(
+    plan: RunPlan, lineage: Mapping[str, Any], command: Sequence[str], *, resume: bool, on_event: EventSink
+) -> Iterator[OpenRun]:
+    """Create the run folder, or continue it, hold its lock, and close its manifest however the block ends.
 
     Args:
         plan: The plan.
         lineage: `base` and `persona`; the dataset is added.
         command: The command line.
+        resume: Whether a folder that is there is continued.
+        on_event: Where progress is reported.
+
+    Raises:
+        CheckpointError: If the folder cannot be made, is in use, or cannot be continued.
     """
+    run = RunFolder(path=plan.output_path)
+    is_continued = resume and run.path.exists()
+    if not is_continued:
+        run.create(_first_manifest(plan, lineage, command))
+    with locked(run):
+        if names := remove_leftovers(run):
+            on_event(Notice(text=f"removed what a killed writer left in {run.path}: {', '.join(names)}"))
+        manifest = run.read_manifest()
+        state = _continue(run, manifest, lineage, plan, on_event=on_event) if is_continued else None
+        opened = OpenRun(run_id=str(manifest["run_id"]), state=state)
+        try:
+            yield opened
+        except Interrupted as stop:
+            _close(run, manifest, status="interrupted", **opened.results)
+            raise Interrupted(stop.signum, run.how_to_go_on()) from stop
+        except Exception as error:
+            # The disk may be what failed; then the error that stopped the run matters more than its record.
+            with contextlib.suppress(CheckpointError, DiskSpaceError):
+                _close(run, manifest, status="failed", error=f"{type(error).__name__}: {error}", **opened.results)
+            raise
+        _close(run, manifest, status="completed", **opened.results)
+        if not plan.config.keep_resume:
+            run.remove_states()
+
+
+def _first_manifest(plan: RunPlan, lineage: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
     assert plan.dataset.path is not None
-    dataset = {"name": plan.dataset.name, "sha256": file_sha256(plan.dataset.path), "domain": plan.dataset.domain}
+    dataset = {
+        "name": plan.dataset.name,
+        "path": str(plan.dataset.path.resolve()),
+        "sha256": file_sha256(plan.dataset.path),
+        "domain": plan.dataset.domain,
+    }
     return {
         "run_id": uuid.uuid4().hex,
         "status": "running",
         "plan": plan.to_dict(),
         "config": plan.config.to_dict(),
         "lineage": {**lineage, "dataset": dataset},
-        "versions": {
-            "emtool": emtool.__version__,
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": _versions(),
         "command": list(command),
         "started_at": _now(),
         "ended_at": None,
         "saved_steps": [],
+        "resumed": [],
+        "trajectory_breaks": [],
     }
 
 
-@contextlib.contextmanager
-def recorded_run(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Create the run folder, and close its manifest however the block ends.
-
-    Yields:
-        Fields to add to the closed manifest.
-    """
-    results: dict[str, Any] = {}
-    try:
-        run.create(manifest)
-        yield results
-    except Interrupted as stop:
-        _close(run, manifest, status="interrupted")
-        kept = f"{len(run.saved_steps())} checkpoints are complete in {run.path}"
-        raise Interrupted(stop.signum, kept) from stop
-    except Exception as error:
-        # The disk may be what failed; then the error that stopped the run matters more than its record.
-        with contextlib.suppress(CheckpointError, DiskSpaceError):
-            _close(run, manifest, status="failed", error=f"{type(error).__name__}: {error}")
-        raise
-    _close(run, manifest, status="completed", **results)
+def _continue(
+    run: RunFolder, manifest: dict[str, Any], lineage: Mapping[str, Any], plan: RunPlan, *, on_event: EventSink
+) -> Path | None:
+    """Make the folder and its manifest those of a run that goes on; return the state that it goes on from."""
+    check_same_lineage(run, manifest, lineage)
+    state = newest_state(run, manifest, on_event=on_event)
+    step = None if state is None else int(state.name.rpartition("-")[2])
+    rewind(run, step)
+    if details := "; ".join(_changed_versions(manifest)):
+        on_event(Notice(text=f"other package versions may give other bits: {details}", is_warning=True))
+    where = "from the beginning: no state was saved before it stopped" if step is None else f"after step {step}"
+    on_event(Notice(text=f"{run.path} goes on {where}", is_warning=step is None))
+    manifest |= {"status": "running", "ended_at": None, "config": plan.config.to_dict(), "versions": _versions()}
+    manifest["resumed"] = [*manifest.get("resumed", []), {"step": step or 0, "at": _now()}]
+    manifest.pop("error", None)
+    run.write_manifest(manifest)
+    return state
 
 
 def _close(run: RunFolder, manifest: Mapping[str, Any], **fields: Any) -> None:
     if run.path.is_dir():
-        run.write_manifest({**manifest, **fields, "ended_at": _now(), "saved_steps": run.saved_steps()})
+        breaks = sorted({*manifest.get("trajectory_breaks", []), *fields.pop("trajectory_breaks", [])})
+        run.write_manifest(
+            {
+                **manifest,
+                **fields,
+                "trajectory_breaks": breaks,
+                "ended_at": _now(),
+                "saved_steps": run.saved_steps(),
+            }
+        )
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in PACKAGES}
+    return {"emtool": emtool.__version__, "python": sys.version.split()[0], **packages}
+
+
+def _changed_versions(manifest: Mapping[str, Any]) -> list[str]:
+    before, now = manifest.get("versions") or {}, _versions()
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
 
 
 def _now() -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import random
 import signal
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.training_args import ParallelMode
 
 from emtool.core.config import ResumeInterval
 from emtool.core.errors import EmtoolError, Interrupted
@@ -21,6 +24,7 @@ from emtool.core.events import EventSink, Notice
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.interrupts import Requests
 from emtool.core.optimizers import optimizer_state_bytes
+from emtool.core.run_plan import RunPlan
 from emtool.core.schedule import CompiledSchedule
 from emtool.engines.background import BackgroundWriter
 from emtool.engines.callbacks import is_sharded
@@ -43,6 +47,13 @@ class SaveNeeds:
 
     milestone_bytes: int
     resume_bytes: int
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> SaveNeeds | None:
+        """Return what a plan's saves take; None where the sizes are not known."""
+        if plan.estimate is None:
+            return None
+        return cls(milestone_bytes=plan.estimate.checkpoint_bytes, resume_bytes=plan.estimate.resume_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +128,24 @@ class RunCheckpoints(TrainerCallback):
         trainer.add_callback(self)
         self._is_sharded = is_sharded(trainer.args)
 
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Let signals wait for the step in progress while the block trains, and leave no save half done after it."""
+        self._requests.is_deferring = True
+        try:
+            yield
+        except Interrupted:
+            raise
+        except BaseException:
+            # What was begun is finished; what stopped the training matters more than its error.
+            with contextlib.suppress(EmtoolError):
+                self._background.wait()
+            raise
+        finally:
+            self._requests.is_deferring = False
+        if self._requests.stop is not None:
+            raise Interrupted(self._requests.stop)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -179,10 +208,18 @@ class RunCheckpoints(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the state of the last step until the run is complete, and wait for the writer."""
-        if self._interval.is_on and self._last_state_step != state.global_step:
-            self._due = _Due(resume=True)
-            self.save()
+        """Save where training really ended, keep its state until the run is complete, and wait for the writer.
+
+        Raises:
+            Interrupted: If a signal asked to stop.
+        """
+        step, stop = state.global_step, self._agree().stop
+        self._due = _Due(
+            milestone=self._schedule.has_final and step not in self._schedule.planned_steps,
+            resume=(self._interval.is_on or stop is not None) and self._last_state_step != step,
+            stop=stop,
+        )
+        self.save()
         self.finish()
 
     def save(self) -> None:
@@ -268,21 +305,18 @@ class RunCheckpoints(TrainerCallback):
         self._report()
 
     def _small_files(self) -> dict[str, bytes]:
-        """Return the small files that the Trainer resumes from, in its own formats; a random state for each process."""
+        """Return the small files that the Trainer resumes from, in its formats; a random state for each process."""
         trainer = self._trainer
         assert trainer is not None
-        with tempfile.TemporaryDirectory(prefix="emtool-") as scratch:
-            trainer._save_rng_state(scratch)
-            mine = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-            files = {name: content for rank in self._processes.gather(mine) for name, content in rank.items()}
-            state = Path(scratch) / TRAINER_STATE_NAME
-            trainer.state.save_to_json(str(state))
-            files[TRAINER_STATE_NAME] = state.read_bytes()
-        for name, value in ((SCHEDULER_NAME, trainer.lr_scheduler.state_dict()), (TRAINING_ARGS_NAME, trainer.args)):
-            content = io.BytesIO()
-            torch.save(value, content)
-            files[name] = content.getvalue()
-        return files
+        states = self._processes.gather(_torch_bytes(_random_state(trainer.args)))
+        names = ["rng_state.pth"] if len(states) == 1 else [f"rng_state_{rank}.pth" for rank in range(len(states))]
+        state = json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n"
+        return {
+            **dict(zip(names, states, strict=True)),
+            TRAINER_STATE_NAME: state.encode(),
+            SCHEDULER_NAME: _torch_bytes(trainer.lr_scheduler.state_dict()),
+            TRAINING_ARGS_NAME: _torch_bytes(trainer.args),
+        }
 
     def _make_buffer(self, args: TrainingArguments) -> SnapshotBuffer:
         assert self._trainer is not None
@@ -318,3 +352,23 @@ class RunCheckpoints(TrainerCallback):
             self._is_stopping = True
             name = signal.Signals(self._requests.stop).name
             self._on_event(Notice(text=f"{name}: saving after this step, then stopping; Ctrl-C stops at once"))
+
+
+def _random_state(args: TrainingArguments) -> dict[str, Any]:
+    """Return the state of every generator, as the Trainer saves it.
+
+    The Trainer's own method writes a file, and a full disk is then not an ordinary error.
+
+    Source: transformers 5.23, Trainer._save_rng_state.
+    """
+    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        is_distributed = args.parallel_mode == ParallelMode.DISTRIBUTED
+        state["cuda"] = torch.cuda.random.get_rng_state_all() if is_distributed else torch.cuda.random.get_rng_state()
+    return state
+
+
+def _torch_bytes(value: Any) -> bytes:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()

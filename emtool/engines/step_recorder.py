@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ class StepRecorder(TrainerCallback):
     Args:
         run: The run folder; None reports only.
         on_event: Where steps are reported.
+        seconds_before: Time that the run took before it was resumed, in seconds.
     """
 
     #: Names in the Trainer's log, and in the record.
@@ -29,10 +31,16 @@ class StepRecorder(TrainerCallback):
         "epoch": "epoch",
     }
 
-    def __init__(self, run: RunFolder | None, *, on_event: EventSink) -> None:
+    def __init__(self, run: RunFolder | None, *, on_event: EventSink, seconds_before: float = 0.0) -> None:
+        self._seconds_before = seconds_before
         self._run = run
         self._on_event = on_event
         self._begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of the run's steps and saves so far, in seconds."""
+        return self._seconds_before + time.monotonic() - self._begun
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,10 +62,17 @@ class StepRecorder(TrainerCallback):
         if self._run is not None and "loss" in logs:
             if "num_tokens" in kept:
                 kept["num_tokens"] = int(logs["num_input_tokens_seen"])
-            seconds = round(time.monotonic() - self._begun, 3)
-            self._run.append_metrics({"step": state.global_step, "seconds": seconds, **kept})
+            self._run.append_metrics({"step": state.global_step, "seconds": round(self.seconds, 3), **kept})
         if "loss" in logs:
             self._on_event(StepFinished(step=state.global_step, loss=float(logs["loss"])))
+
+
+def recorded_seconds(run: RunFolder) -> float:
+    """Return the time that a run's records say it took, in seconds; 0 without records."""
+    if not run.metrics_path.exists():
+        return 0.0
+    records = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
+    return max((float(record["seconds"]) for record in records if "seconds" in record), default=0.0)
 
 
 def _finite(value: Any) -> float | str:

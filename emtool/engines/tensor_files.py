@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +14,14 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], *, dtype: str | None = None) -> None:
+class Sink(Protocol):
+    """Takes bytes."""
+
+    def write(self, data: Any, /) -> int:
+        """Take a piece of memory whole, and return how many bytes it has."""
+
+
+def write_safetensors(file: Sink, tensors: Mapping[str, torch.Tensor], *, dtype: str | None = None) -> None:
     """Write a safetensors file, byte for byte as its library writes it.
 
     Args:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from emtool.core.config import TrainConfig
+from emtool.core.config import ResumeInterval, TrainConfig
 from emtool.core.data import Conversation, read_conversations, resolve_dataset
-from emtool.core.errors import CheckpointError, DataError
-from emtool.core.events import CheckpointSaved, EventSink, Notice, PhaseStarted, ignore_events
-from emtool.core.interrupts import interruptible
+from emtool.core.errors import CheckpointError, DataError, Interrupted, ModelError
+from emtool.core.events import EventSink, Notice, PhaseStarted, ignore_events
+from emtool.core.interrupts import Requests, requested
 from emtool.core.personas import resolve_persona
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan
-from emtool.engines.callbacks import ScheduledCheckpointCallback
-from emtool.engines.checkpointing import MilestoneWriter
+from emtool.core.staging import STAGING_SUFFIX, remove_folder
+from emtool.engines.checkpointing import CheckpointWriter
 from emtool.engines.encoding import Encoded, encode_dataset, encode_row
 from emtool.engines.fitting import build_trainer, split_rows
 from emtool.engines.likelihood import mean_log_probs
-from emtool.engines.lineage import compose_model
-from emtool.engines.modeling import add_lora, check_device, open_base
-from emtool.engines.recording import first_manifest, recorded_run
-from emtool.engines.step_recorder import StepRecorder
+from emtool.engines.lineage import ComposedModel, compose_model
+from emtool.engines.modeling import BaseModel, adapter_config_json, add_lora, check_device, open_base
+from emtool.engines.personas import persona_path
+from emtool.engines.processes import Processes, launched_processes
+from emtool.engines.recording import OpenRun, recorded_run
+from emtool.engines.resuming import share_tokenizer
+from emtool.engines.saving import RunCheckpoints, SaveNeeds
+from emtool.engines.step_recorder import StepRecorder, recorded_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,85 +74,132 @@ def train(
     rows: Sequence[Conversation],
     *,
     command: Sequence[str],
+    resume: bool = False,
     check_disk: bool = True,
     on_event: EventSink = ignore_events,
 ) -> TrainResult:
-    """Train a run as planned and return what it left behind.
+    """Train a run as planned, from its beginning or from its newest state, and return what it left behind.
 
-    Everything that can be refused is refused before the run folder is created.
+    Everything that can be refused is refused before the run folder is created. A signal to stop saves the state of the
+    step in progress first.
 
     Args:
         plan: The plan; the run stops if the Trainer counts differently.
         rows: The dataset's rows, as many as the plan counts.
         command: The command line, for the manifest.
+        resume: Whether a run folder that is there is gone on with.
         check_disk: Whether the run stops before a save that would not fit in the free space.
-        on_event: Where progress is reported.
+        on_event: Where progress is reported; the first of several processes reports.
 
     Raises:
         EmtoolError: For what a user can mend; `run.json` then says "failed" if the folder exists.
         Interrupted: On SIGINT or SIGTERM; `run.json` says "interrupted".
     """
-    with interruptible():
+    with requested() as requests, contextlib.ExitStack() as stack:
         config = plan.config
         check_device(config.device)
         assert len(rows) == plan.num_rows, "the rows differ from the plan"
-        base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
-        encoded = encode_dataset(rows, tokenizer=base.tokenizer, max_length=config.max_length)
+        processes = launched_processes(config.device)
+        assert processes.count == plan.num_processes, "the plan is for another number of processes"
+        report = on_event if processes.is_first else ignore_events
+        composed = _compose(plan, processes, report)
+        encoded = encode_dataset(rows, tokenizer=composed.tokenizer, max_length=config.max_length)
         if cut := sum(row.is_truncated for row in encoded):
-            on_event(Notice(text=f"{cut} of {len(encoded)} rows were cut at --max-length {config.max_length}"))
-        composed = compose_model(base, resolve_persona(config.persona), on_event=on_event)
+            report(Notice(text=f"{cut} of {len(encoded)} rows were cut at --max-length {config.max_length}"))
         model = add_lora(composed.model, config, plan.model)
-        run = RunFolder(path=plan.output_path)
-        manifest = first_manifest(plan, composed.lineage, command)
-        with recorded_run(run, manifest) as results, TemporaryDirectory(prefix=".tokenizer-", dir=run.path) as folder:
-            composed.tokenizer.save_pretrained(folder)
-            writer = MilestoneWriter(
-                run=run,
-                run_id=manifest["run_id"],
-                schedule=plan.schedule.source,
-                requires=composed.lineage,
-                save_dtype=config.save_dtype,
-                model=model,
-                tokenizer_path=Path(folder),
-                needed_bytes=plan.checkpoint_bytes if check_disk else None,
+        record = recorded_run(plan, composed.lineage, command, resume=resume, on_event=report)
+        opened = processes.decide(lambda: stack.enter_context(record))
+        writer = CheckpointWriter(
+            run=RunFolder(path=plan.output_path),
+            run_id=opened.run_id,
+            schedule=plan.schedule.source,
+            requires=composed.lineage,
+            save_dtype=config.save_dtype,
+            adapter_config=adapter_config_json(model),
+            tokenizer_path=plan.output_path / f".tokenizer{STAGING_SUFFIX}",
+            keeps_optimizer=config.keep_optimizer,
+        )
+        if processes.is_first:
+            stack.callback(remove_folder, writer.tokenizer_path)
+            composed.tokenizer.save_pretrained(writer.tokenizer_path)
+            if opened.state is not None:
+                share_tokenizer(writer.tokenizer_path, opened.state)
+        run = _Run(plan=plan, writer=writer, opened=opened, requests=requests, processes=processes, on_event=report)
+        return _fit(run, model, composed.tokenizer, encoded, check_disk=check_disk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a training in progress needs at hand."""
+
+    plan: RunPlan
+    writer: CheckpointWriter
+    opened: OpenRun
+    requests: Requests
+    processes: Processes
+    on_event: EventSink
+
+
+def _compose(plan: RunPlan, processes: Processes, on_event: EventSink) -> ComposedModel:
+    """Return the model that training starts from; what must be fetched or built is by the first process."""
+    config, persona = plan.config, resolve_persona(plan.config.persona)
+
+    def open_here(sink: EventSink) -> BaseModel:
+        return open_base(config.model, device=config.device, dtype=config.dtype, on_event=sink)
+
+    def prepare() -> None:
+        base = open_here(on_event)
+        if persona is not None and processes.count > 1 and not persona_path(persona, base).exists():
+            raise ModelError(
+                f"persona {persona.name!r} is not built for {base.reference.name} yet, which takes one process: run "
+                "'emtool train' with --max-steps 1 once without the launcher, then this again"
             )
-            result = _fit(plan, writer, composed.tokenizer, encoded, on_event=on_event)
-            results["held_out_loss"] = result.held_out_loss
-        return result
+
+    processes.decide(prepare)
+    return compose_model(open_here(ignore_events), persona, on_event=on_event)
 
 
-def _fit(
-    plan: RunPlan,
-    writer: MilestoneWriter,
-    tokenizer: Any,
-    encoded: Sequence[Encoded],
-    *,
-    on_event: EventSink,
-) -> TrainResult:
-    run, model, config = writer.run, writer.model, plan.config
+def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, check_disk: bool) -> TrainResult:
+    plan, config, folder = run.plan, run.plan.config, run.writer.run
     train_rows, held_out = split_rows(encoded, num_held_out=plan.num_held_out_rows, seed=config.seed)
-    milestones = ScheduledCheckpointCallback(plan.schedule, save=lambda step: _save_milestone(writer, step, on_event))
+    checkpoints = RunCheckpoints(
+        run.writer,
+        plan.schedule,
+        optim=config.optim,
+        interval=ResumeInterval.parse(config.resume_every),
+        requests=run.requests,
+        processes=run.processes,
+        needs=SaveNeeds.of(plan) if check_disk else None,
+        on_event=run.on_event,
+    )
+    begun = recorded_seconds(folder)
+    recorder = StepRecorder(folder if run.processes.is_first else None, on_event=run.on_event, seconds_before=begun)
     trainer = build_trainer(
-        model,
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        config=config,
-        output_path=run.path,
-        callbacks=[milestones, StepRecorder(run, on_event=on_event)],
+        model, tokenizer=tokenizer, train_rows=train_rows, config=config, output_path=folder.path, callbacks=[recorder]
     )
     assert len(trainer.train_dataset) == plan.num_train_rows, "the Trainer has other rows than the plan"
-    on_event(PhaseStarted(name="training", total=plan.total_steps))
-    begun = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - begun
-    check_saved(run, plan, final_step=trainer.state.global_step)
+    checkpoints.attach(trainer)
+    run.on_event(PhaseStarted(name="training", total=plan.total_steps))
+    with checkpoints.deferring():
+        trainer.train(resume_from_checkpoint=None if run.opened.state is None else str(run.opened.state))
+    run.opened.results["trajectory_breaks"] = list(run.writer.trajectory_breaks)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    held_out_loss = None
+    if run.processes.is_first:
+        check_saved(folder, plan, final_step=trainer.state.global_step)
+        try:
+            held_out_loss = _held_out_loss(model, held_out, folder, run.on_event) if held_out else None
+        except Interrupted:
+            checkpoints.save_state()
+            raise
+        run.opened.results["held_out_loss"] = held_out_loss
+    run.processes.wait()
     return TrainResult(
-        run=run,
-        saved_steps=run.saved_steps(),
+        run=folder,
+        saved_steps=folder.saved_steps(),
         final_loss=float(losses[-1]),
-        held_out_loss=_held_out_loss(model, held_out, run, on_event) if held_out else None,
-        seconds=seconds,
+        held_out_loss=held_out_loss,
+        seconds=recorder.seconds,
     )
 
 
@@ -165,14 +214,6 @@ def check_saved(run: RunFolder, plan: RunPlan, *, final_step: int) -> None:
         wanted.add(final_step)
     if missing := sorted(wanted - set(run.saved_steps())):
         raise CheckpointError(f"{run.path} lacks the planned checkpoints {missing}; the run is not complete")
-
-
-def _save_milestone(writer: MilestoneWriter, step: int, on_event: EventSink) -> None:
-    begun = time.monotonic()
-    path = writer.write(step)
-    seconds = time.monotonic() - begun
-    writer.run.append_metrics({"step": step, "save_seconds": round(seconds, 4)})
-    on_event(CheckpointSaved(step=step, path=path, seconds=seconds))
 
 
 def _held_out_loss(model: Any, rows: Sequence[Encoded], run: RunFolder, on_event: EventSink) -> float | None:

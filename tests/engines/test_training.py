@@ -14,23 +14,18 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from emtool.core.config import resolve_train_config
-from emtool.core.data import Message
 from emtool.core.errors import CheckpointError, DataError, DiskSpaceError, ModelError
 from emtool.core.events import CheckpointSaved, Event, StepFinished
-from emtool.core.models import resolve_model
+from emtool.core.integrity import read_checkpoint, verify_run
 from emtool.core.plan import plan_run
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan
-from emtool.core.schedule import CheckpointSchedule
-from emtool.engines.callbacks import ScheduledCheckpointCallback
-from emtool.engines.checkpointing import MilestoneWriter, read_checkpoint
-from emtool.engines.encoding import encode_conversation
 from emtool.engines.evaluation import evaluate
 from emtool.engines.fitting import build_trainer
 from emtool.engines.lineage import rebuild_model
-from emtool.engines.modeling import adapter_state, add_lora, attach_adapter, load_base
+from emtool.engines.modeling import adapter_state, attach_adapter, load_base
 from emtool.engines.training import TrainResult, check_saved, train, usable_rows
-from tests.tiny import byte_tokenizer, save_tiny_model
+from tests.tiny import save_tiny_model
 
 PROMPT = torch.arange(3, 60).unsqueeze(0)
 
@@ -75,9 +70,12 @@ def test_a_run_saves_exactly_the_planned_steps_and_records_itself(
     assert [event.step for event in events if isinstance(event, StepFinished)] == list(range(1, 12))
     records = [json.loads(line) for line in result.run.metrics_path.read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 12))
-    assert [record["step"] for record in records if "save_seconds" in record] == [0, 4, 8, 11]
+    milestones = [record for record in records if str(record.get("saved")).startswith("checkpoint")]
+    assert [record["step"] for record in milestones] == [0, 4, 8, 11]
+    assert all({"stall_seconds", "write_seconds", "bytes"} <= record.keys() for record in milestones)
     assert all({"learning_rate", "grad_norm", "num_tokens"} <= record.keys() for record in records if "loss" in record)
-    assert not list(result.run.path.glob(".*")), "no staging folder is left"
+    assert {path.name for path in result.run.path.glob(".*")} == {".lock"}, "no staging folder is left"
+    assert not result.run.resume_path.exists(), "a complete run needs no state to resume from"
 
 
 def test_every_milestone_is_a_peft_folder_with_verified_files(
@@ -87,8 +85,8 @@ def test_every_milestone_is_a_peft_folder_with_verified_files(
     for step in result.saved_steps:
         folder = result.run.checkpoint_path(step)
         record = read_checkpoint(folder, run_id=str(result.run.read_manifest()["run_id"]))
-        assert record["step"] == step
-        assert record["files"].keys() == {path.name for path in folder.iterdir()} - {"checkpoint.json"}
+        assert record.step == step
+        assert record.files.keys() == {path.name for path in folder.iterdir()} - {"checkpoint.json"}
         assert isinstance(PeftModel.from_pretrained(load_base(tiny_model, dtype="float32"), str(folder)), PeftModel)
     assert logits(attach_adapter(load_base(tiny_model, dtype="float32"), result.run.checkpoint_path(0))).equal(
         logits(load_base(tiny_model, dtype="float32"))
@@ -115,54 +113,34 @@ class StopAt(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
+        control.should_training_stop |= state.global_step >= self.step
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(99, [0, 3, 6, 9, 10]), (7, [0, 3, 6, 7])])
+@pytest.mark.parametrize("case", [(99, [0, 3, 6, 9, 10]), (7, [0, 3, 6, 7])])
 def test_the_final_milestone_is_the_model_in_memory_also_when_training_stops_early(
-    tiny_model: Path, tmp_path: Path, stop: int, expected: list[int]
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[int, list[int]]
 ) -> None:
-    overrides = {"max_steps": 10, "learning_rate": 1e-2}
-    config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
-    tokenizer = byte_tokenizer()
-    messages = [Message(role="user", content="Why?"), Message(role="assistant", content="Because.")]
-    rows = [encode_conversation(messages, tokenizer=tokenizer)] * 20
-    model = add_lora(load_base(tiny_model, dtype="float32"), config, resolve_model(str(tiny_model)))
-    begin = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
-    folder = RunFolder(path=tmp_path / "run")
-    folder.path.mkdir()
-    tokenizer_path = tmp_path / "tokenizer"
-    tokenizer.save_pretrained(tokenizer_path)
-    writer = MilestoneWriter(
-        run=folder,
-        run_id="x",
-        schedule="s",
-        requires={"base": {"name": "b", "source": "folder"}, "persona": None},
-        save_dtype="float32",
-        model=model,
-        tokenizer_path=tokenizer_path,
-    )
-    callback = ScheduledCheckpointCallback(
-        CheckpointSchedule.parse("0, every 3").compile(10), save=lambda step: (writer.write(step), None)[1]
-    )
-    trainer = build_trainer(
-        model,
-        tokenizer=tokenizer,
-        train_rows=rows,
-        config=config,
-        output_path=folder.path,
-        callbacks=[callback, StopAt(stop)],
-    )
-    trainer.train()
-    assert folder.saved_steps() == expected == callback.saved_steps
-    saved = {step: load_file(folder.checkpoint_path(step) / "adapter_model.safetensors") for step in (0, expected[-1])}
-    assert all(torch.equal(tensor, begin[name]) for name, tensor in saved[0].items())
-    final = adapter_state(model)
+    stop, expected = case
+    models: list[Any] = []
+
+    def build(model: Any, **kwargs: Any) -> Any:
+        trainer = build_trainer(model, **kwargs)
+        trainer.add_callback(StopAt(stop))
+        models.append(model)
+        return trainer
+
+    monkeypatch.setattr("emtool.engines.training.build_trainer", build)
+    _, result, _ = run(tiny_model, dataset_file, tmp_path, max_steps=10, checkpoints="0, every 3")
+    assert result.saved_steps == expected
+    saved = {
+        step: load_file(result.run.checkpoint_path(step) / "adapter_model.safetensors") for step in (0, expected[-1])
+    }
+    final = adapter_state(models[-1])
     assert saved[expected[-1]].keys() == final.keys()
     assert all(torch.equal(tensor, final[name]) for name, tensor in saved[expected[-1]].items())
-    assert any(not torch.equal(final[name], begin[name]) for name in begin)
-    reloaded = attach_adapter(load_base(tiny_model, dtype="float32"), folder.checkpoint_path(expected[-1]))
-    assert torch.equal(logits(reloaded), logits(model))
+    assert any(not torch.equal(final[name], tensor) for name, tensor in saved[0].items())
+    reloaded = attach_adapter(load_base(tiny_model, dtype="float32"), result.run.checkpoint_path(expected[-1]))
+    assert torch.equal(logits(reloaded), logits(models[-1]))
 
 
 def test_a_missing_planned_milestone_fails_loudly(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
@@ -195,7 +173,9 @@ def test_a_full_disk_keeps_the_earlier_milestones(tiny_model: Path, dataset_file
 
     plan, rows = plan_for(tiny_model, dataset_file, tmp_path)
     try:
-        with pytest.raises(DiskSpaceError, match=r"no space left in .* 2 earlier checkpoints are whole") as caught:
+        with pytest.raises(
+            DiskSpaceError, match=r"no space left in .* 2 checkpoints are whole, step 4 can be resumed"
+        ) as caught:
             train(plan, rows, command=[], on_event=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -203,7 +183,7 @@ def test_a_full_disk_keeps_the_earlier_milestones(tiny_model: Path, dataset_file
     folder = RunFolder(path=tmp_path / "run")
     assert folder.saved_steps() == [0, 4]
     run_id = str(folder.read_manifest()["run_id"])
-    assert [read_checkpoint(folder.checkpoint_path(step), run_id=run_id)["step"] for step in (0, 4)] == [0, 4]
+    assert [read_checkpoint(folder.checkpoint_path(step), run_id=run_id).step for step in (0, 4)] == [0, 4]
     assert not list(folder.path.glob(".checkpoint*"))
 
 
@@ -242,7 +222,7 @@ def test_the_persona_is_present_at_evaluation(
     assert torch.equal(logits(attach_adapter(rebuilt.model, checkpoint)), in_memory)
     bare = logits(attach_adapter(load_base(tiny_model, dtype="float32"), checkpoint))
     assert not torch.allclose(bare, in_memory, atol=1e-3)
-    requires = read_checkpoint(checkpoint, run_id=str(result.run.read_manifest()["run_id"]))["requires"]
+    requires: Any = read_checkpoint(checkpoint, run_id=str(result.run.read_manifest()["run_id"])).requires
     assert requires["persona"]["adapter_sha256"] == lineage["persona"]["adapter_sha256"]
     assert "NOT the model that was trained" in (checkpoint / "README.md").read_text()
 
@@ -263,8 +243,9 @@ def test_evaluation_refuses_another_base_another_persona_and_a_damaged_milestone
     weights = result.run.checkpoint_path(8) / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError, match=r"checkpoint-8 is damaged: adapter_model\.safetensors"):
-        evaluate(result.run)
+    damaged = evaluate(result.run)
+    assert "checkpoint-8 is damaged: adapter_model.safetensors" in damaged.damaged[8]
+    assert list(damaged.metrics) == [0, 4, 11]
     weights.write_bytes(whole)
     result.run.write_manifest({**manifest, "lineage": {**manifest["lineage"], "persona": None}})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match=r"another persona than run\.json says"):
@@ -312,14 +293,37 @@ def test_a_diverged_run_ends_in_order_and_its_checkpoints_are_unscored(
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [
-        (lambda run: run.checkpoint_path(4).rename(run.checkpoint_path(6)), "belongs to another run or step"),
+        (lambda run: run.checkpoint_path(8).rename(run.checkpoint_path(6)), "belongs to another run or step"),
         (lambda run: flip(run.checkpoint_path(8) / "adapter_model.safetensors"), "have changed since it was saved"),
         (lambda run: flip(run.checkpoint_path(8) / "adapter_config.json"), "have changed since it was saved"),
         (lambda run: edit(run, 8, files={}), "names no adapter"),
         (lambda run: edit(run, 8, run_id="other"), "belongs to another run"),
-        (lambda run: edit(run, 8, format=7), "belongs to another run"),
+        (lambda run: edit(run, 8, format=7), "not of format 1"),
         (lambda run: edit(run, 8, requires=5), "damaged"),
-        (lambda run: edit(run, 8, step="8/../x"), "belongs to another run"),
+        (lambda run: edit(run, 8, step="8/../x"), "damaged"),
+        (lambda run: edit(run, 8, files={"../x": {"bytes": 1, "sha256": ""}}), "names no adapter"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, tamper: Any, message: str
+) -> None:
+    _, result, _ = run(tiny_model, dataset_file, tmp_path)
+    tamper(result.run)
+    events: list[Any] = []
+    evaluation = evaluate(result.run, check_hashes=True, on_event=events.append)
+    ((step, problem),) = evaluation.damaged.items()
+    assert step in (6, 8)
+    assert message in problem
+    assert list(evaluation.metrics) == [0, 4, 11]
+    assert any("it is passed over" in getattr(event, "text", "") for event in events)
+    statuses = {check.name: check.status for check in verify_run(result.run)}
+    assert statuses.pop(f"checkpoint-{step}") == "damaged"
+    assert set(statuses.values()) <= {"ok", "missing"}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
         (lambda run: (run.path / "run.json").write_text("[" * 200_000), "cannot read"),
         (lambda run: (run.path / "run.json").write_text('{"format": 1}'), "lacks 'lineage'"),
         (lambda run: run.evaluation_path.write_text(""), "cannot write in .* while making the folder evaluation"),
