@@ -73,6 +73,10 @@ class _Agreed:
     save: bool
 
 
+class _NothingLeftError(Exception):
+    """The state that training resumes from is that of the last step: a Trainer would train one step more."""
+
+
 class RunCheckpoints(TrainerCallback):
     """Saves the milestones and resume states of a run, beside the training.
 
@@ -134,6 +138,8 @@ class RunCheckpoints(TrainerCallback):
         self._requests.is_deferring = True
         try:
             yield
+        except _NothingLeftError:
+            self.finish()
         except Interrupted:
             raise
         except BaseException:
@@ -169,6 +175,8 @@ class RunCheckpoints(TrainerCallback):
             stop=self._agree().stop,
         )
         self.save()
+        if state.global_step >= state.max_steps:
+            raise _NothingLeftError
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
