@@ -14,7 +14,8 @@ from rich.markup import escape
 from emtool import __version__
 from emtool.cli.output import one_line, talk
 from emtool.cli.plain_options import PlainCommand, PlainGroup
-from emtool.core.errors import EmtoolError, Interrupted, PointedError, unknown_name
+from emtool.core.errors import ConfigError, EmtoolError, Interrupted, PointedError, unknown_name
+from emtool.core.hardware import launched_rank
 from emtool.core.interrupts import interruptible
 
 #: What a folder or a disk may refuse at any place that is looked at.
@@ -90,6 +91,11 @@ def _fail_on_environment(error: OSError) -> None:
 
 
 def _fail(message: str, exit_code: int, *, below: str = "") -> None:
+    if rank := launched_rank():
+        # What the user did wrong, the first process says; what only this one met, it must say itself.
+        if exit_code != ConfigError.exit_code:
+            sys.stderr.write(f"emtool [process {rank}]: {one_line(message)}\n")
+        sys.exit(exit_code)
     talk().print(f"[bold red]emtool:[/] {escape(one_line(message))}", soft_wrap=True)
     if below:
         talk().print(escape(below), soft_wrap=True)

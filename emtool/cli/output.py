@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from emtool.core.architecture import ModelShapes
 from emtool.core.events import CheckpointSaved, Event, Notice, PhaseStarted, StepFinished
+from emtool.core.hardware import launched_rank
 from emtool.core.models import ModelReference
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def data() -> Console:
-    """Return the console for results."""
-    return Console(highlight=False)
+    """Return the console for results; of several processes that train together, the first has one."""
+    return Console(highlight=False, quiet=launched_rank() > 0)
 
 
 def talk() -> Console:
-    """Return the console for everything else."""
-    return Console(stderr=True, highlight=False)
+    """Return the console for everything else, in the first process."""
+    return Console(stderr=True, highlight=False, quiet=launched_rank() > 0)
 
 
 def say(text: str) -> None:
@@ -41,6 +42,8 @@ def one_line(text: str) -> str:
 
 def print_json(value: object) -> None:
     """Write one JSON document to stdout."""
+    if launched_rank() > 0:
+        return
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
     sys.stdout.flush()
@@ -84,8 +87,8 @@ class _Drawer:
                 self._bar.reset(self._task, total=total, visible=total is not None, description=label, detail="")
             case StepFinished(step=step, loss=loss):
                 self._bar.update(self._task, completed=step, detail=self._detail(step, loss))
-            case CheckpointSaved(step=step, path=path, seconds=seconds):
-                self._console.print(f"  saved {escape(path.name)} at step {step} ({seconds:.2f} s)", soft_wrap=True)
+            case CheckpointSaved(path=path, seconds=seconds):
+                self._console.print(f"  saved {escape(path.name)}, training waited {seconds:.2f} s", soft_wrap=True)
             case Notice(text=text, is_warning=is_warning):
                 style = "yellow" if is_warning else "dim"
                 prefix = "warning: " if is_warning else ""

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emtool.cli.render import number_table, plain_table, shorten, timeline
+from emtool.core.config import ResumeInterval
 from emtool.core.disk import byte_unit, folder_bytes, format_bytes
 from emtool.core.personas import BASELINE
 from emtool.core.run_dir import RunFolder
@@ -154,7 +155,18 @@ def disk_line(plan: RunPlan) -> str:
     if plan.total_bytes is None:
         return f"size not known before the model is on this machine; {format_bytes(plan.free_bytes)} free"
     tokenizer = "" if plan.shared_bytes else " and the tokenizer once"
-    return f"{format_bytes(plan.total_bytes)} in all{tokenizer}; {format_bytes(plan.free_bytes)} free: {verdict(plan)}"
+    peak = "" if plan.peak_bytes is None else f", {format_bytes(plan.peak_bytes)} at its peak"
+    total = f"{format_bytes(plan.total_bytes)} in all{tokenizer}"
+    return f"{total}{peak}; {format_bytes(plan.free_bytes)} free: {verdict(plan)}"
+
+
+def _resume_line(interval: str) -> str:
+    """Return when the state to resume from is saved."""
+    parsed = ResumeInterval.parse(interval)
+    if not parsed.is_on:
+        return "no state is saved (--resume-every 0)"
+    every = f"{parsed.steps:,} steps" if parsed.steps is not None else interval
+    return f"state at each checkpoint and every {every}, the newest 2 kept until the run is complete"
 
 
 def verdict(plan: RunPlan) -> str:
@@ -211,7 +223,8 @@ def _step_rows(plan: RunPlan) -> Iterator[dict[str, str]]:
 
 def _plan_facts(plan: RunPlan) -> dict[str, str]:
     config = plan.config
-    batch = f"batch {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}"
+    several = "" if plan.num_processes == 1 else f"{plan.num_processes} processes x "
+    batch = f"{several}batch {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}"
     length = "--max-steps" if config.max_steps else f"{config.num_train_epochs:g} epoch(s)"
     kind = "DoRA" if config.use_dora else "LoRA"
     where = f"{config.target_modules} in blocks: {config.layers_to_transform}"
@@ -224,6 +237,7 @@ def _plan_facts(plan: RunPlan) -> dict[str, str]:
         "training": f"learning rate {config.learning_rate:g}, seed {config.seed}; saved as {config.save_dtype}",
         "steps": f"{plan.total_steps:,} ({batch}, {length})",
         "checkpoints": f"{plan.num_checkpoints:,} ({plan.schedule.source})",
+        "resume": _resume_line(config.resume_every),
         "disk": disk_line(plan),
         "output": str(plan.output_path),
     }

@@ -15,6 +15,7 @@ from emtool.core.config import TrainConfig, check_can_start
 from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.hardware import cuda_device_count
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import tidy_completed
 
 
 def resume(
@@ -26,6 +27,10 @@ def resume(
     """Go on with a run from its newest state, with the settings that it began with."""
     run = RunFolder(path=run_path)
     manifest = run.read_manifest()
+    if manifest.get("status") == "completed":
+        tidy_completed(run)
+        say(f"{run.path} is complete; evaluate it with: emtool evaluate {run.path}")
+        return
     config = _recorded_config(run, manifest)
     num_cuda_devices = cuda_device_count()
     check_can_start(config, num_cuda_devices=num_cuda_devices)

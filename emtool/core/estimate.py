@@ -20,9 +20,11 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 #: The small files of a milestone, rounded up from what a run writes (together about 4 KB).
 SMALL_FILES: Mapping[str, int] = {"adapter_config.json": 1_300, "README.md": 1_000, "checkpoint.json": 2_700}
-#: The small files that a Trainer adds; `rng_state.pth` holds Python's, numpy's and torch's generators.
-TRAINER_FILES: Mapping[str, int] = {"scheduler.pt": 1_465, "rng_state.pth": 14_645, "training_args.bin": 6_000}
-#: A card that PEFT writes beside an adapter, and the two configs beside a whole model.
+#: The small files that a Trainer adds.
+TRAINER_FILES: Mapping[str, int] = {"scheduler.pt": 1_465, "training_args.bin": 6_000}
+#: Python's, numpy's and torch's generators.
+RNG_STATE_BYTES = 14_645
+#: The two configs beside a whole model.
 MODEL_CONFIGS: Mapping[str, int] = {"config.json": 1_500, "generation_config.json": 200}
 #: A logged step in `trainer_state.json`, and the file without any.
 LOGGED_STEP_BYTES = 270
@@ -79,6 +81,7 @@ def estimate_checkpoint(
     total_steps: int,
     full_finetuning: bool = False,
     keep_optimizer: bool = False,
+    num_processes: int = 1,
 ) -> CheckpointEstimate:
     """Return the size of a milestone and of a resume state.
 
@@ -88,6 +91,7 @@ def estimate_checkpoint(
         total_steps: Optimizer steps, each of which a Trainer logs in its state.
         full_finetuning: Whether every parameter is trained, without an adapter.
         keep_optimizer: Whether milestones hold the resume state's files as well.
+        num_processes: Processes that train together, each with random generators of its own.
 
     Raises:
         ConfigError: If a target, a block or a module to save does not exist in the model.
@@ -106,9 +110,11 @@ def estimate_checkpoint(
     resume = {
         weights: safetensors_bytes(trained),
         **others,
-        OPTIMIZER_FILE: optimizer_file_bytes(config.optim, trained),
+        OPTIMIZER_FILE: optimizer_file_bytes(
+            config.optim, trained, archive="optimizer" if full_finetuning else "archive"
+        ),
         **TRAINER_FILES,
-        "rng_state.pth": TRAINER_FILES["rng_state.pth"] + generator,
+        **dict.fromkeys(random_state_names(num_processes), RNG_STATE_BYTES + generator),
         "trainer_state.json": TRAINER_STATE_BYTES + total_steps * LOGGED_STEP_BYTES,
     }
     checkpoint = {weights: safetensors_bytes(trained, dtype=config.save_dtype), **small}
@@ -124,6 +130,11 @@ def estimate_checkpoint(
         has_own_tokenizer=full_finetuning,
         splits_tied_weights=not full_finetuning and _splits_tied_weights(shapes, trained),
     )
+
+
+def random_state_names(num_processes: int) -> list[str]:
+    """Return the files in which the Trainer keeps random states: one a process."""
+    return ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
 
 
 def _splits_tied_weights(shapes: ModelShapes, trained: Sequence[Tensor]) -> bool:

@@ -33,14 +33,15 @@ class Optimizer:
     is_measured: bool
 
 
-def optimizer_file_bytes(name: str, tensors: Sequence[Tensor]) -> int:
+def optimizer_file_bytes(name: str, tensors: Sequence[Tensor], *, archive: str = "archive") -> int:
     """Return the size of `optimizer.pt` after at least one step.
 
     Args:
         name: A key of `OPTIMIZERS`.
         tensors: What is trained.
+        archive: First part of each record's name in the file: torch takes the file's own, or "archive" for a stream.
     """
-    return torch_file_bytes("optimizer", optimizer_state_bytes(name, tensors))
+    return torch_file_bytes(archive, optimizer_state_bytes(name, tensors))
 
 
 def optimizer_state_bytes(name: str, tensors: Sequence[Tensor]) -> list[int]:

@@ -140,6 +140,7 @@ def make_plan(
             total_steps=total_steps,
             full_finetuning=options.full_finetuning,
             keep_optimizer=config.keep_optimizer,
+            num_processes=processes,
         ),
         shared_bytes=tokenizer_bytes,
         free_bytes=free_bytes(output_path),

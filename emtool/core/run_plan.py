@@ -17,7 +17,8 @@ from emtool.core.schedule_text import read_terms
 
 #: Schedules that every other one is compared with.
 COMPARED = ("every 100", "every 25")
-#: Resume states that are kept, and those on disk at the worst moment: one more is being written.
+#: Resume states that are kept: the newest, and the one before in case the newest is damaged. At the worst moment one
+#: more is being written.
 NUM_KEPT_STATES = 2
 NUM_RESUME_STATES = NUM_KEPT_STATES + 1
 #: `run.json` and the lock, a line of `metrics.jsonl`, and the unit in which most file systems give out space.
@@ -181,8 +182,14 @@ class RunPlan:
             halved = self.peak_bytes - self.num_checkpoints * self.estimate.tensor_bytes // 2
             if halved <= self.free_bytes:
                 yield f"--save-dtype bfloat16 would need {format_bytes(halved)}"
-        room = max(0, self.free_bytes - (self.shared_bytes or 0)) // self.estimate.checkpoint_bytes
-        if room:
+        if (
+            self._has_states
+            and (without := self.peak_bytes - NUM_KEPT_STATES * self.estimate.resume_bytes) <= self.free_bytes
+        ):
+            yield f"--resume-every 0 would need {format_bytes(without)}, and the run cannot go on if it is killed"
+        others = self.peak_bytes - self.num_checkpoints * self.estimate.checkpoint_bytes
+        room = (self.free_bytes - others) // self.estimate.checkpoint_bytes
+        if room > 0:
             yield f"{room} of the {self.num_checkpoints} checkpoints would fit (--save-steps, --checkpoints)"
         yield "--output-root takes a folder on another disk; --allow-low-disk starts all the same"
 

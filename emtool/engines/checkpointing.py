@@ -25,14 +25,13 @@ from emtool.core.errors import CheckpointError, DiskSpaceError
 from emtool.core.events import CheckpointSaved, Event, Notice
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_checkpoint
 from emtool.core.run_dir import FORMAT, RunFolder
+from emtool.core.run_plan import NUM_KEPT_STATES
 from emtool.core.staging import FileRecord, StagedFolder, file_record, remove_folder, retire_folder, staging_path
 from emtool.engines.tensor_files import write_safetensors
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.pt"
-#: Resume states that are kept: the newest, and the one before in case the newest is damaged.
-NUM_KEPT_STATES = 2
 
 
 @dataclass(frozen=True, kw_only=True)

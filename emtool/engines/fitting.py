@@ -135,6 +135,7 @@ def sft_arguments(config: TrainConfig, output_path: Path) -> dict[str, Any]:
         "max_grad_norm": config.max_grad_norm,
         "label_smoothing_factor": 0.0,
         "average_tokens_across_devices": True,
+        "ddp_find_unused_parameters": False,
         "neftune_noise_alpha": None,
         "loss_type": "nll",
         "router_aux_loss_coef": None,

@@ -12,6 +12,7 @@ from emtool.core.errors import CheckpointError
 from emtool.core.events import EventSink, Notice
 from emtool.core.integrity import read_checkpoint
 from emtool.core.run_dir import RunFolder, free_name
+from emtool.core.run_plan import NUM_KEPT_STATES
 from emtool.core.staging import file_record, retire_folder
 
 
@@ -51,9 +52,9 @@ def rewind(run: RunFolder, step: int | None) -> None:
         run: The run folder, whose lock this process holds.
         step: The step that the run goes on from; None for its very beginning.
     """
-    for later in run.resume_steps():
-        if step is None or later > step:
-            retire_folder(run.resume_state_path(later))
+    later = [at for at in run.resume_steps() if step is None or at > step]
+    for at in (*later, *run.resume_steps()[: -len(later) - NUM_KEPT_STATES]):
+        retire_folder(run.resume_state_path(at))
 
     def is_kept(record: Mapping[str, object]) -> bool:
         at, saved = record.get("step"), record.get("saved")

@@ -20,6 +20,7 @@ from transformers.training_args import ParallelMode
 
 from emtool.core.config import ResumeInterval
 from emtool.core.errors import EmtoolError, Interrupted
+from emtool.core.estimate import random_state_names
 from emtool.core.events import EventSink, Notice
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.interrupts import Requests
@@ -317,7 +318,7 @@ class RunCheckpoints(TrainerCallback):
         trainer = self._trainer
         assert trainer is not None
         states = self._processes.gather(_torch_bytes(_random_state(trainer.args)))
-        names = ["rng_state.pth"] if len(states) == 1 else [f"rng_state_{rank}.pth" for rank in range(len(states))]
+        names = random_state_names(len(states))
         state = json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n"
         return {
             **dict(zip(names, states, strict=True)),

@@ -125,10 +125,13 @@ def test_the_plan_as_json_is_the_whole_of_stdout() -> None:
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("emtool.core.plan.free_bytes", lambda path: 12 * 2**20)
+    monkeypatch.setattr("emtool.core.plan.free_bytes", lambda path: 53 * 2**20)
     result = RUNNER.invoke(app, ["train"])
     assert result.exit_code == 1
-    assert "has 12.0 MiB free, 7.0 MiB too little; --save-dtype bfloat16 would need 9.6 MiB" in result.stderr
+    assert (
+        "has 53.0 MiB free, 8.8 MiB too little; --save-dtype bfloat16 would need 52.4 MiB; --resume-every 0 would need"
+        in result.stderr
+    )
     assert "--allow-low-disk starts all the same" in result.stderr
     assert not (tmp_path / "outputs").exists()
 

@@ -109,7 +109,7 @@ def _run_folder(tmp_path: Path, status: str, **changes: Any) -> Any:
     plan.output_path.mkdir(exist_ok=True)
     assert plan.dataset.path is not None
     lineage = {"dataset": {"sha256": file_sha256(plan.dataset.path)}}
-    manifest = {"status": status, "config": config.to_dict(), "lineage": lineage}
+    manifest = {"status": status, "config": config.to_dict(), "lineage": lineage, "plan": plan.to_dict()}
     RunFolder(path=plan.output_path).write_manifest(manifest)
     return plan
 
@@ -121,7 +121,7 @@ def test_a_completed_run_of_the_same_configuration_is_recognised(tmp_path: Path)
 
 def test_an_interrupted_run_and_another_configuration_are_refused_with_a_free_name(tmp_path: Path) -> None:
     plan = _run_folder(tmp_path, "interrupted")
-    with pytest.raises(Exception, match=r"interrupted with 0 checkpoints.*--output-name run_2"):
+    with pytest.raises(Exception, match=r"interrupted: 0 checkpoints are whole, .*--output-name run_2"):
         finished_run(plan)
     _run_folder(tmp_path, "completed", seed=5)
     with pytest.raises(Exception, match=r"another configuration.*--output-name run_2"):
@@ -132,7 +132,7 @@ def test_a_run_on_other_contents_of_the_dataset_is_not_this_run(tmp_path: Path, 
     plan = _run_folder(tmp_path, "completed", dataset=str(dataset_file))
     assert finished_run(plan) is not None
     dataset_file.write_text(dataset_file.read_text().replace("It is 3.", "It is 4."))
-    with pytest.raises(CheckpointError, match="other contents of"):
+    with pytest.raises(CheckpointError, match=r"the contents of .* have changed"):
         finished_run(plan)
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -601,3 +602,79 @@ def test_an_evaluation_that_stops_goes_on(tiny_model: Path, rows_file: Path, tmp
         patch.setattr(module, "item_margins", counted)
         assert evaluate(run).to_dict() == whole
     assert len(scored) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_save_stop_and_go_on_together(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Two gloo processes under torchrun: one writes, both stop at the same step, and the bits are the same."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "emtool"]
+    options = ["train", "--model", str(tiny_model), "--dataset", str(rows_file), "--lora-dropout", "0.1"]
+    options += ["--num-train-epochs", "30", "--checkpoints", "0, 20, 60", "--learning-rate", "1e-2"]
+    options += ["--output-root", str(tmp_path), "--resume-every", "100"]
+
+    def launched(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*launch, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    process = launched(*options, "--output-name", "whole")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("checkpoint-180") == 1, "one process reports"
+    whole_run = RunFolder(path=tmp_path / "whole")
+    manifest: Any = whole_run.read_manifest()
+    assert (manifest["plan"]["num_processes"], manifest["plan"]["total_steps"]) == (2, 180)
+    assert whole_run.saved_steps() == [0, 20, 60, 180]
+
+    process = launched(*options, "--output-name", "stopped")
+    run = RunFolder(path=tmp_path / "stopped")
+    while not run.checkpoint_path(20).exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert run.read_manifest()["status"] == "interrupted"
+    state = run.resume_state_path(run.resume_steps()[-1])
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in state.iterdir()}
+    assert run.resume_steps()[-1] < 180
+    alone = subprocess.run(
+        [sys.executable, "-m", "emtool", "resume", str(run.path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 1
+    assert "num_processes was 2, is 1" in alone.stderr
+    process = launched("resume", str(run.path))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert weights(run) == weights(whole_run)
+
+
+@pytest.mark.parametrize("interval", ["100", "0"])
+def test_a_sharded_save_goes_through_the_trainers_own_method(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, whole: dict[int, bytes], interval: str
+) -> None:
+    """The path of FSDP and DeepSpeed, taken by a Trainer that is neither: shards need devices that are not here."""
+    plan, rows = plan_for(tiny_model, rows_file, tmp_path, resume_every=interval)
+    run = RunFolder(path=plan.output_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emtool.engines.saving.is_sharded", lambda args: True)
+        with pytest.raises(Interrupted):
+            train(plan, rows, command=[], on_event=Signals(SIGTERM=4))
+        assert run.resume_steps()[-1] == 5
+        assert {"optimizer.pt", "rng_state.pth"} <= {path.name for path in run.resume_state_path(5).iterdir()}
+        train(plan, rows, command=[], resume=True)
+    assert weights(run) == whole
+    assert all(check.status == "ok" for check in verify_run(run))
+
+
+def test_the_kill_test_in_short() -> None:
+    """Every eleventh position of a save, and three random kills; the script takes all of them."""
+    script = Path(__file__).parents[2] / "scripts" / "kill_test.py"
+    command = [sys.executable, str(script), "--stride", "11", "--random", "3", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("every file as without a kill") == 2

@@ -16,7 +16,6 @@ from emtool.core.estimate import ADAPTER_FILE, MODEL_FILE, OPTIMIZER_FILE
 from emtool.core.plan import DiskOptions, plan_run
 from emtool.engines.callbacks import ScheduledCheckpointCallback
 from emtool.engines.evaluation import evaluate
-from emtool.engines.modeling import add_lora, load_base
 from emtool.engines.training import train
 from tests.tiny import byte_tokenizer
 
@@ -77,6 +76,8 @@ def planned(folder: Path, dataset: Path, case: str, tmp_path: Path, **options: A
         "max_steps": 4,
         "checkpoints": "0, 2",
         "layers_to_transform": "all",
+        "keep_resume": True,
+        "keep_optimizer": options.get("full_finetuning", False),
         "output_root": tmp_path / "outputs",
         **CASES[case][2],
     }
@@ -101,9 +102,9 @@ def test_bytes_are_those_of_a_real_run(model_folder: Path, case: str, dataset_fi
     written = sum_of_distinct_inodes(result.run.path)
     assert within(0.01, written, plan.total_bytes), (written, plan.total_bytes)
     assert evaluate(result.run, seed=0, device="cpu", dtype=None).metrics.keys() == {0, 2, 4}
-
-    model = add_lora(load_base(model_folder, dtype=plan.config.dtype), plan.config, plan.model)
-    check_trainer(model, plan, tmp_path / "full", plan.estimate.resume, ADAPTER_FILE)
+    state = {path.name: path.stat().st_size for path in result.run.resume_state_path(4).iterdir()}
+    tokenizer = {path.name for path in model_folder.iterdir()} & state.keys()
+    check_files({name: size for name, size in state.items() if name not in tokenizer}, plan, ADAPTER_FILE)
 
 
 def test_bytes_of_full_finetuning_are_those_of_a_trainer(dataset_file: Path, tmp_path: Path) -> None:
@@ -113,14 +114,14 @@ def test_bytes_of_full_finetuning_are_those_of_a_trainer(dataset_file: Path, tmp
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     case = "qwen2, biases of the adapted layers"
-    plan, _ = planned(tmp_path / "model", dataset_file, case, tmp_path, full_finetuning=True, keep_optimizer=True)
+    plan, _ = planned(tmp_path / "model", dataset_file, case, tmp_path, full_finetuning=True)
     assert plan.estimate.num_trainable_parameters == sum(p.numel() for p in model.parameters())
-    check_trainer(model, plan, tmp_path / "full", plan.estimate.resume, MODEL_FILE)
+    check_files(trained_by_a_trainer(model, plan, tmp_path / "full"), plan, MODEL_FILE)
     assert {OPTIMIZER_FILE, "rng_state.pth"} <= plan.estimate.checkpoint.keys()
 
 
-def check_trainer(model: Any, plan: Any, folder: Path, estimated: dict[str, int], weights: str) -> None:
-    """Train with a plain Trainer and compare its last checkpoint, file by file."""
+def trained_by_a_trainer(model: Any, plan: Any, folder: Path) -> dict[str, int]:
+    """Train with a plain Trainer and return the sizes of its last checkpoint's files."""
     ids = [[3 + (row + column) % 250 for column in range(8)] for row in range(16)]
     arguments = TrainingArguments(
         str(folder),
@@ -138,7 +139,12 @@ def check_trainer(model: Any, plan: Any, folder: Path, estimated: dict[str, int]
     ScheduledCheckpointCallback(plan.schedule).attach(trainer)
     trainer.train()
     last = folder / f"checkpoint-{plan.total_steps}"
-    actual = {path.name: path.stat().st_size for path in last.iterdir()}
+    return {path.name: path.stat().st_size for path in last.iterdir()}
+
+
+def check_files(actual: dict[str, int], plan: Any, weights: str) -> None:
+    """Compare the state that training resumes from with its estimate, file by file."""
+    estimated = plan.estimate.resume
     assert set(actual) == set(estimated)
     assert actual[weights] == estimated[weights] >= 4_000_000
     assert within(0.01, actual[OPTIMIZER_FILE], estimated[OPTIMIZER_FILE]), (actual, estimated)

@@ -21,7 +21,7 @@ LEFT_AT_DEFAULT = set(
     """
     activation_checkpointing_kwargs batch_eval_metrics bf16_full_eval dataloader_in_order
     dataloader_multiprocessing_context dataloader_persistent_workers dataloader_prefetch_factor dataset_num_proc
-    dataset_text_field ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
+    dataset_text_field ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
     ddp_static_graph ddp_timeout debug deepspeed do_eval do_predict do_train enable_jit_checkpoint eos_token
     eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_use_gather_object
     fp16_full_eval fsdp fsdp_config gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
