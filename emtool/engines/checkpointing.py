@@ -34,6 +34,17 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_FILE = "optimizer.pt"
 
 
+@dataclass(kw_only=True)
+class Stall:
+    """How long training stood still for a save: for its beginning, and again if it waits for the copy.
+
+    Attributes:
+        seconds: So far.
+    """
+
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """What is saved at a step, on the host, untouched by the training that goes on.
@@ -43,15 +54,15 @@ class Snapshot:
         adapter: Adapter tensors by the names that PEFT saves, in the dtype that is trained.
         optimizer: The optimizer's state dict; None where no resume state is written.
         small_files: Name to contents of the other files that the Trainer resumes from.
-        stall_seconds: How long training stood still for it.
-        finish: Returns when the copy is complete.
+        stall: How long training stood still for it.
+        finish: Makes or awaits the copy; nothing is read before it.
     """
 
     step: int
     adapter: Mapping[str, torch.Tensor]
     optimizer: Any | None
     small_files: Mapping[str, bytes]
-    stall_seconds: float
+    stall: Stall
     finish: Callable[[], None] = lambda: None
 
 
@@ -93,13 +104,11 @@ class CheckpointWriter:
             CheckpointError: If it cannot be written for another reason.
         """
         snapshot.finish()
-        stall_seconds = snapshot.stall_seconds
         try:
             if resume:
-                self._write_folder(self.run.resume_state_path(snapshot.step), snapshot, stall_seconds)
-                stall_seconds = 0.0
+                self._write_folder(self.run.resume_state_path(snapshot.step), snapshot)
             if milestone:
-                self._write_milestone(snapshot, stall_seconds)
+                self._write_milestone(snapshot)
             if resume:
                 self._retire_states()
         except OSError as error:
@@ -125,24 +134,25 @@ class CheckpointWriter:
                     "scripts/configs"
                 )
             adapter = load_file(written / ADAPTER_WEIGHTS)
+            snapshot = Snapshot(step=step, adapter=adapter, optimizer=None, small_files={}, stall=Stall())
             if resume:
-                self._publish_adopted(written, step)
-            snapshot = Snapshot(step=step, adapter=adapter, optimizer=None, small_files={}, stall_seconds=0.0)
+                self._publish_adopted(written, snapshot)
             if milestone:
-                self._write_milestone(snapshot, 0.0)
+                self._write_milestone(snapshot)
             self._retire_states()
         except OSError as error:
             raise self.run.write_error(error, f"saving step {step}") from error
         finally:
             remove_folder(staging)
 
-    def _publish_adopted(self, written: Path, step: int) -> None:
+    def _publish_adopted(self, written: Path, snapshot: Snapshot) -> None:
         begun = time.monotonic()
-        target = self.run.resume_state_path(step)
+        target = self.run.resume_state_path(snapshot.step)
         staged = StagedFolder.adopted(written, target=target)
-        staged.finish(self._record(step))
+        staged.finish(self._record(snapshot.step))
         seconds = time.monotonic() - begun
-        self._log(target, num_bytes=staged.num_bytes, stall_seconds=seconds, write_seconds=seconds, step=step)
+        snapshot.stall.seconds += seconds
+        self._log(target, snapshot, num_bytes=staged.num_bytes, write_seconds=seconds)
         staged.publish()
 
     def _retire_states(self) -> None:
@@ -162,22 +172,22 @@ class CheckpointWriter:
                 f"free; free some, or use --allow-low-disk; {self.run.how_to_go_on()}"
             )
 
-    def _write_milestone(self, snapshot: Snapshot, stall_seconds: float) -> None:
+    def _write_milestone(self, snapshot: Snapshot) -> None:
         target = self.run.checkpoint_path(snapshot.step)
         if not target.exists():
-            self._write_folder(target, snapshot, stall_seconds)
+            self._write_folder(target, snapshot)
             return
         try:
             record = read_checkpoint(target, run_id=self.run_id)
         except CheckpointError as error:
             self._notice(f"{error}; it is written anew")
             retire_folder(target)
-            self._write_folder(target, snapshot, stall_seconds)
+            self._write_folder(target, snapshot)
             return
         if record.files[ADAPTER_WEIGHTS] == self._adapter_record(snapshot):
             logger.info("%s is there already, with the same weights", target)
             num_bytes = sum(entry.bytes for entry in record.files.values())
-            self._log(target, num_bytes=num_bytes, stall_seconds=stall_seconds, write_seconds=0.0, step=snapshot.step)
+            self._log(target, snapshot, num_bytes=num_bytes, write_seconds=0.0)
             return
         self.trajectory_breaks.append(snapshot.step)
         self._notice(
@@ -185,7 +195,7 @@ class CheckpointWriter:
             "is kept"
         )
 
-    def _write_folder(self, target: Path, snapshot: Snapshot, stall_seconds: float) -> None:
+    def _write_folder(self, target: Path, snapshot: Snapshot) -> None:
         begun = time.monotonic()
         is_milestone = target == self.run.checkpoint_path(snapshot.step)
         target.parent.mkdir(exist_ok=True)
@@ -202,22 +212,18 @@ class CheckpointWriter:
                 self._write_resume_files(staged, snapshot)
             staged.finish(self._record(snapshot.step))
             # Before it appears, so that a run killed in between lacks neither the record nor the folder.
-            self._log(
-                target,
-                num_bytes=staged.num_bytes,
-                stall_seconds=stall_seconds,
-                write_seconds=time.monotonic() - begun,
-                step=snapshot.step,
-            )
+            self._log(target, snapshot, num_bytes=staged.num_bytes, write_seconds=time.monotonic() - begun)
             staged.publish()
         finally:
             staged.discard()
         if is_milestone:
-            self.events.append(CheckpointSaved(step=snapshot.step, path=target, seconds=stall_seconds))
+            self.events.append(CheckpointSaved(step=snapshot.step, path=target, seconds=snapshot.stall.seconds))
 
     def _write_resume_files(self, staged: StagedFolder, snapshot: Snapshot) -> None:
         written = self._last_state
-        if written is not None and written.target == self.run.resume_state_path(snapshot.step):
+        state = self.run.resume_state_path(snapshot.step)
+        if written is not None and written.target == state != staged.target:
+            # The milestone of the step whose state has just been written.
             for name in (OPTIMIZER_FILE, *snapshot.small_files):
                 staged.link(name, written.target / name, written.files[name])
             return
@@ -227,11 +233,11 @@ class CheckpointWriter:
         for name, content in snapshot.small_files.items():
             staged.write(name, content)
 
-    def _log(self, target: Path, *, num_bytes: int, stall_seconds: float, write_seconds: float, step: int) -> None:
+    def _log(self, target: Path, snapshot: Snapshot, *, num_bytes: int, write_seconds: float) -> None:
         record = {
-            "step": step,
+            "step": snapshot.step,
             "saved": target.name,
-            "stall_seconds": round(stall_seconds, 4),
+            "stall_seconds": round(snapshot.stall.seconds, 4),
             "write_seconds": round(write_seconds, 4),
             "bytes": num_bytes,
         }

@@ -29,7 +29,7 @@ from emtool.core.run_plan import RunPlan
 from emtool.core.schedule import CompiledSchedule
 from emtool.engines.background import BackgroundWriter
 from emtool.engines.callbacks import is_sharded
-from emtool.engines.checkpointing import CheckpointWriter, Snapshot
+from emtool.engines.checkpointing import CheckpointWriter, Snapshot, Stall
 from emtool.engines.fitting import RunTrainer
 from emtool.engines.modeling import adapter_state
 from emtool.engines.processes import Processes
@@ -121,6 +121,7 @@ class RunCheckpoints(TrainerCallback):
         self._buffer: SnapshotBuffer | None = None
         self._trainer: RunTrainer | None = None
         self._due = _Due()
+        self._stall = Stall()
         self._last_state_time = clock()
         self._last_state_step: int | None = None
         self._is_stopping = False
@@ -184,7 +185,9 @@ class RunCheckpoints(TrainerCallback):
     ) -> None:
         """Let the weights change only once they are copied."""
         if self._buffer is not None:
+            begun = time.monotonic()
             self._buffer.wait()
+            self._stall.seconds += time.monotonic() - begun
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,13 +289,14 @@ class RunCheckpoints(TrainerCallback):
             "adapter": adapter_state(self._trainer.model),
             "optimizer": self._trainer.optimizer.state_dict() if needs_optimizer else None,
         }
-        copies = self._buffer.copy(tree)
+        copies = self._buffer.begin(tree)
+        self._stall = Stall(seconds=time.monotonic() - begun)
         snapshot = Snapshot(
             step=step,
             adapter=copies["adapter"],
             optimizer=copies["optimizer"],
             small_files=small_files,
-            stall_seconds=time.monotonic() - begun,
+            stall=self._stall,
             finish=self._buffer.finish,
         )
         self._background.start(lambda: self._writer.write(snapshot, resume=due.resume, milestone=due.milestone))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ ALIGNMENT = 64
 class SnapshotBuffer:
     """One buffer of host memory that holds one copy of a tree of tensors.
 
-    On CUDA the memory is pinned and the copy runs beside the computation: `wait` before the tensors change, and
-    `finish` before the copy is read.
+    The copy is made beside the computation, on CUDA by the device into pinned memory, else by the thread that writes:
+    `wait` before the tensors change, which is at the next optimizer step, and `finish` before the copy is read.
 
     Args:
         num_bytes: Bytes to allocate, which are touched, because the first use of memory is slow; a larger tree makes
@@ -32,20 +33,24 @@ class SnapshotBuffer:
         self._memory = self._allocate(num_bytes)
         self._stream = torch.cuda.Stream() if is_pinned else None
         self._event: torch.cuda.Event | None = None
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._is_copied = threading.Event()
+        self._is_copied.set()
 
     @property
     def num_bytes(self) -> int:
         """Return the size of the buffer."""
         return self._memory.numel()
 
-    def copy(self, tree: Any) -> Any:
-        """Return the tree with each tensor replaced by its copy in the buffer; the copy before it is overwritten.
+    def begin(self, tree: Any) -> Any:
+        """Begin the copy of a tree; what the buffer held before is overwritten.
 
         Args:
             tree: Nested dicts, lists and tuples with tensors among their leaves.
 
         Returns:
-            The same tree. Each tensor has storage of its own, so that a library saves it alone.
+            The tree with each tensor replaced by its copy, to be read after `finish`. Each copy has storage of its
+            own, so that a library saves it alone.
         """
         leaves, structure = tree_flatten(tree)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -54,31 +59,39 @@ class SnapshotBuffer:
             logger.debug("the snapshot buffer grows from %d to %d bytes", self.num_bytes, needed)
             self._memory = self._allocate(needed)
         copies = list(self._views(tensors))
-        if self._stream is None:
-            for target, source in zip(copies, tensors, strict=True):
-                target.copy_(source)
-        else:
-            self._copy_beside(copies, tensors)
+        self._pending = list(zip(copies, tensors, strict=True))
+        self._is_copied.clear()
+        if self._stream is not None:
+            self._copy_on_device()
         remaining = iter(copies)
         return tree_unflatten(
             [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
         )
 
     def wait(self) -> None:
-        """Let the device change the tensors only once they are copied."""
+        """Return when the tensors may change: on CUDA, when the device will change them only after they are copied."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
+        else:
+            self._is_copied.wait()
 
     def finish(self) -> None:
-        """Return when the copy is complete."""
-        if self._event is not None:
-            self._event.synchronize()
+        """Return when the copy is complete; without CUDA it is made here, in the thread that calls."""
+        try:
+            if self._event is not None:
+                self._event.synchronize()
+            else:
+                for target, source in self._pending:
+                    target.copy_(source)
+        finally:
+            self._pending = []
+            self._is_copied.set()
 
-    def _copy_beside(self, copies: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+    def _copy_on_device(self) -> None:
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for target, source in zip(copies, tensors, strict=True):
+            for target, source in self._pending:
                 target.copy_(source, non_blocking=True)
                 if source.is_cuda:
                     source.record_stream(self._stream)
