@@ -26,7 +26,6 @@ from typing import Any
 
 # The Trainer's save asks the hub for a config: without an answer it must not wait for one.
 os.environ["HF_HUB_OFFLINE"] = "1"
-warnings.simplefilter("ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from emtool.core.config import resolve_train_config
@@ -228,6 +227,7 @@ PARTS: dict[str, Callable[[Path], None]] = {"stall": stall, "whole": whole, "spa
 
 def main() -> None:
     """Measure the parts that are named, or all."""
+    warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure")
     for name in parser.parse_args().parts or PARTS:
