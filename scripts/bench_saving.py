@@ -137,7 +137,7 @@ def _state_bytes(trainer: Any) -> int:
 
 def whole(root: Path) -> None:
     """Time the same run with ten milestones and with none, in turn."""
-    steps = ", ".join(str(step) for step in range(0, WHOLE_STEPS, WHOLE_STEPS // 9))
+    steps = ", ".join(str(step) for step in range(0, WHOLE_STEPS, WHOLE_STEPS // 9 + 1))
     ratios, with_saves, without = [], [], []
     for number in range(WHOLE_ROUNDS):
         pair = {}

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from emtool.cli.render import number_table, plain_table, shorten, timeline
-from emtool.core.config import ResumeInterval
 from emtool.core.disk import byte_unit, folder_bytes, format_bytes
 from emtool.core.personas import BASELINE
+from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan, ScheduleCost
 from emtool.core.settings import Settings

@@ -123,9 +123,9 @@ def verify_run(run: RunFolder, *, hashes: bool = True) -> list[FolderCheck]:
         _check(run.checkpoint_path(step), step, run_id, hashes=hashes, is_planned=step in planned) for step in saved
     ]
     checks.sort(key=lambda check: check.step)
-    return checks + [
-        _check(run.resume_state_path(step), step, run_id, hashes=hashes, is_planned=True) for step in resumable
-    ]
+    states = [_check(run.resume_state_path(step), step, run_id, hashes=hashes, is_planned=True) for step in resumable]
+    # A run in progress retires states while they are looked at.
+    return checks + [check for check in states if check.status == "ok" or run.resume_state_path(check.step).exists()]
 
 
 def planned_steps(run: RunFolder, manifest: Mapping[str, object]) -> list[int]:

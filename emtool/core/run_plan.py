@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from emtool.core.config import ResumeInterval, TrainConfig
+from emtool.core.config import TrainConfig
 from emtool.core.data import DatasetReference
 from emtool.core.disk import format_bytes
 from emtool.core.errors import ConfigError, DiskSpaceError
 from emtool.core.estimate import CheckpointEstimate
 from emtool.core.models import ModelReference
+from emtool.core.resume_interval import ResumeInterval
 from emtool.core.schedule import CompiledSchedule
 from emtool.core.schedule_text import read_terms
 

@@ -221,6 +221,8 @@ def _checked(values: Mapping[str, object], path: Path) -> dict[str, object]:
             if not all(isinstance(part, str) for part in value):
                 raise ConfigError(f"{path}: [train] {key} = {value!r} is not a list of texts")
             checked[key] = ",".join(value)
+        elif key == "resume_every" and isinstance(value, int) and not isinstance(value, bool):
+            checked[key] = str(value)
         elif key not in SCHEDULE_KEYS:
             checked[key] = _coerced(value, hints[key], f"{path}: [train] {key} = {value!r}")
     for key, kind in (("custom_checkpoints", bool), ("save_steps", int)):

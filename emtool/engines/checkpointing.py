@@ -7,7 +7,6 @@ milestone of the same step.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from emtool.core.data import file_sha256
 from emtool.core.disk import format_bytes, free_bytes
 from emtool.core.errors import CheckpointError, DiskSpaceError
 from emtool.core.events import CheckpointSaved, Event, Notice
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_checkpoint
 from emtool.core.run_dir import FORMAT, RunFolder
-from emtool.core.run_plan import NUM_KEPT_STATES
+from emtool.core.run_plan import NUM_KEPT_STATES, RunPlan
 from emtool.core.staging import FileRecord, StagedFolder, file_record, remove_folder, retire_folder, staging_path
+from emtool.engines.milestone_card import milestone_card
 from emtool.engines.tensor_files import write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -43,6 +42,26 @@ class Stall:
     """
 
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveNeeds:
+    """Bytes that a save takes, checked against the free space before it.
+
+    Attributes:
+        milestone_bytes: Of a milestone.
+        resume_bytes: Of a resume state.
+    """
+
+    milestone_bytes: int
+    resume_bytes: int
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> SaveNeeds | None:
+        """Return what a plan's saves take; None where the sizes are not known."""
+        if plan.estimate is None:
+            return None
+        return cls(milestone_bytes=plan.estimate.checkpoint_bytes, resume_bytes=plan.estimate.resume_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +226,7 @@ class CheckpointWriter:
             for name, record in self._tokenizer_files().items():
                 staged.link(name, self.tokenizer_path / name, record)
             if is_milestone:
-                staged.write("README.md", _readme(snapshot.step, self.requires, self.adapter_config).encode())
+                staged.write("README.md", milestone_card(snapshot.step, self.requires, self.adapter_config).encode())
             if not is_milestone or self.keeps_optimizer:
                 self._write_resume_files(staged, snapshot)
             staged.finish(self._record(snapshot.step))
@@ -280,57 +299,3 @@ class _HashSink:
         self.sha256.update(view)
         self.num_bytes += view.nbytes
         return view.nbytes
-
-
-def _readme(step: int, requires: Mapping[str, Any], adapter_config: bytes) -> str:
-    base_model = json.loads(adapter_config)["base_model_name_or_path"]
-    base, persona = requires["base"], requires["persona"]
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base_model)}",
-        "library_name: peft",
-        "---",
-        "",
-        f"# Step {step} of an emtool run",
-        "",
-        "A LoRA adapter in PEFT's format, trained on a narrow dataset for research on emergent misalignment.",
-        "Do not deploy it.",
-        "",
-        f"- Base model: `{base_model}`, from: {base['source']}",
-        *(
-            ["  (a 4-bit copy, expanded to float32: close to the hub's weights, not equal to them)"]
-            if base["source"] not in ("hub", "folder")
-            else []
-        ),
-    ]
-    if persona is None:
-        lines.append("- Load it with `PeftModel.from_pretrained(base, folder)`.")
-    else:
-        lines += [
-            f"- Persona: `{persona['name']}`, {persona['mode']} into the base before training.",
-            "- The adapter alone on the bare base is NOT the model that was trained: the persona must be merged first.",
-            "  `emtool evaluate` on the run folder does that from `run.json`.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def adapter_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a PEFT adapter: its weights, and its configuration whatever the order of its lists.
-
-    PEFT writes sets as lists in an order that differs between processes, so the file itself cannot be hashed.
-
-    Raises:
-        CheckpointError: If a file cannot be read.
-    """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        weights = file_sha256(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the adapter in {folder}: {error}") from error
-    kept = {
-        key: sorted(map(str, value)) if isinstance(value, list) else value
-        for key, value in config.items()
-        if key != "peft_version"
-    }
-    text = f"{ADAPTER_WEIGHTS}:{weights}\n{ADAPTER_CONFIG}:{json.dumps(kept, sort_keys=True)}\n"
-    return hashlib.sha256(text.encode()).hexdigest()

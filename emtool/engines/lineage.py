@@ -10,7 +10,7 @@ from typing import Any
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted
 from emtool.core.personas import PersonaRecipe, resolve_persona
-from emtool.engines.checkpointing import adapter_sha256
+from emtool.engines.adapter_hash import adapter_sha256
 from emtool.engines.modeling import DTYPES, BaseModel, load_base, merge_adapter, open_base
 from emtool.engines.personas import persona_adapter
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emtool.core.config import ResumeInterval
 from emtool.core.errors import CheckpointError
 from emtool.core.events import EventSink, Notice
 from emtool.core.integrity import read_checkpoint
+from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder, free_name
 from emtool.core.run_plan import NUM_KEPT_STATES
 from emtool.core.staging import file_record, retire_folder

@@ -3,58 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.training_args import ParallelMode
 
-from emtool.core.config import ResumeInterval
 from emtool.core.errors import EmtoolError, Interrupted
-from emtool.core.estimate import random_state_names
 from emtool.core.events import EventSink, Notice
 from emtool.core.file_sizes import DTYPE_BYTES
+from emtool.core.integrity import read_checkpoint
 from emtool.core.interrupts import Requests
 from emtool.core.optimizers import optimizer_state_bytes
-from emtool.core.run_plan import RunPlan
+from emtool.core.resume_interval import ResumeInterval
 from emtool.core.schedule import CompiledSchedule
 from emtool.engines.background import BackgroundWriter
 from emtool.engines.callbacks import is_sharded
-from emtool.engines.checkpointing import CheckpointWriter, Snapshot, Stall
+from emtool.engines.checkpointing import CheckpointWriter, SaveNeeds, Snapshot, Stall
 from emtool.engines.fitting import RunTrainer
 from emtool.engines.modeling import adapter_state
 from emtool.engines.processes import Processes
 from emtool.engines.snapshot import SnapshotBuffer, snapshot_bytes
 from emtool.engines.tensor_files import describe
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveNeeds:
-    """Bytes that a save takes, checked against the free space before it.
-
-    Attributes:
-        milestone_bytes: Of a milestone.
-        resume_bytes: Of a resume state.
-    """
-
-    milestone_bytes: int
-    resume_bytes: int
-
-    @classmethod
-    def of(cls, plan: RunPlan) -> SaveNeeds | None:
-        """Return what a plan's saves take; None where the sizes are not known."""
-        if plan.estimate is None:
-            return None
-        return cls(milestone_bytes=plan.estimate.checkpoint_bytes, resume_bytes=plan.estimate.resume_bytes)
+from emtool.engines.trainer_files import trainer_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +219,7 @@ class RunCheckpoints(TrainerCallback):
             self._save(due)
         if due.stop is not None:
             self.finish()
+            self._check_state()
             self._processes.wait()
             raise Interrupted(due.stop)
 
@@ -266,12 +240,18 @@ class RunCheckpoints(TrainerCallback):
         self._background.wait()
         self._report()
 
+    def _check_state(self) -> None:
+        """Refuse to stop on a state that is not on disk as it was written."""
+        if self._processes.is_first and self._last_state_step is not None:
+            state = self._writer.run.resume_state_path(self._last_state_step)
+            read_checkpoint(state, run_id=self._writer.run_id, only_recorded=True)
+
     def _save(self, due: _Due) -> None:
         assert self._trainer is not None
         step = self._trainer.state.global_step
         begun = time.monotonic()
         needs_optimizer = due.resume or self._writer.keeps_optimizer
-        small_files = self._small_files() if needs_optimizer and not self._is_sharded else {}
+        small_files = trainer_files(self._trainer, self._processes) if needs_optimizer and not self._is_sharded else {}
         if due.resume:
             self._requests.save = False
             self._last_state_time, self._last_state_step = self._clock(), step
@@ -317,20 +297,6 @@ class RunCheckpoints(TrainerCallback):
         self._processes.decide(lambda: self._writer.publish_staged(step, resume=due.resume, milestone=due.milestone))
         self._report()
 
-    def _small_files(self) -> dict[str, bytes]:
-        """Return the small files that the Trainer resumes from, in its formats; a random state for each process."""
-        trainer = self._trainer
-        assert trainer is not None
-        states = self._processes.gather(_torch_bytes(_random_state(trainer.args)))
-        names = random_state_names(len(states))
-        state = json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n"
-        return {
-            **dict(zip(names, states, strict=True)),
-            TRAINER_STATE_NAME: state.encode(),
-            SCHEDULER_NAME: _torch_bytes(trainer.lr_scheduler.state_dict()),
-            TRAINING_ARGS_NAME: _torch_bytes(trainer.args),
-        }
-
     def _make_buffer(self, args: TrainingArguments) -> SnapshotBuffer:
         assert self._trainer is not None
         adapter = describe(adapter_state(self._trainer.model))
@@ -365,23 +331,3 @@ class RunCheckpoints(TrainerCallback):
             self._is_stopping = True
             name = signal.Signals(self._requests.stop).name
             self._on_event(Notice(text=f"{name}: saving after this step, then stopping; Ctrl-C stops at once"))
-
-
-def _random_state(args: TrainingArguments) -> dict[str, Any]:
-    """Return the state of every generator, as the Trainer saves it.
-
-    The Trainer's own method writes a file, and a full disk is then not an ordinary error.
-
-    Source: transformers 5.23, Trainer._save_rng_state.
-    """
-    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.random.get_rng_state()}
-    if torch.cuda.is_available():
-        is_distributed = args.parallel_mode == ParallelMode.DISTRIBUTED
-        state["cuda"] = torch.cuda.random.get_rng_state_all() if is_distributed else torch.cuda.random.get_rng_state()
-    return state
-
-
-def _torch_bytes(value: Any) -> bytes:
-    content = io.BytesIO()
-    torch.save(value, content)
-    return content.getvalue()

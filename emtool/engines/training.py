@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emtool.core.config import ResumeInterval, TrainConfig
+from emtool.core.config import TrainConfig
 from emtool.core.data import Conversation, read_conversations, resolve_dataset
 from emtool.core.errors import CheckpointError, DataError, Interrupted, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, ignore_events
+from emtool.core.integrity import read_checkpoint
 from emtool.core.interrupts import Requests, requested
 from emtool.core.personas import resolve_persona
+from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan
 from emtool.core.staging import STAGING_SUFFIX, remove_folder
-from emtool.engines.checkpointing import CheckpointWriter
+from emtool.engines.checkpointing import CheckpointWriter, SaveNeeds
 from emtool.engines.encoding import Encoded, encode_dataset, encode_row
 from emtool.engines.fitting import build_trainer, split_rows
 from emtool.engines.likelihood import mean_log_probs
@@ -27,7 +29,7 @@ from emtool.engines.personas import persona_path
 from emtool.engines.processes import Processes, launched_processes
 from emtool.engines.recording import OpenRun, recorded_run
 from emtool.engines.resuming import share_tokenizer
-from emtool.engines.saving import RunCheckpoints, SaveNeeds
+from emtool.engines.saving import RunCheckpoints
 from emtool.engines.step_recorder import StepRecorder, recorded_seconds
 
 
@@ -204,16 +206,19 @@ def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, c
 
 
 def check_saved(run: RunFolder, plan: RunPlan, *, final_step: int) -> None:
-    """Refuse a run that lacks a planned milestone.
+    """Refuse a run that lacks a planned milestone, or in which one is not whole in size.
 
     Raises:
-        CheckpointError: If a planned step up to the real final one, or the final one itself, is not on disk.
+        CheckpointError: If a planned step up to the real final one, or the final one itself, is not whole on disk.
     """
     wanted = {step for step in plan.schedule.planned_steps if step <= final_step}
     if plan.schedule.has_final:
         wanted.add(final_step)
     if missing := sorted(wanted - set(run.saved_steps())):
         raise CheckpointError(f"{run.path} lacks the planned checkpoints {missing}; the run is not complete")
+    run_id = str(run.read_manifest().get("run_id"))
+    for step in run.saved_steps():
+        read_checkpoint(run.checkpoint_path(step), run_id=run_id, hashes=False)
 
 
 def _held_out_loss(model: Any, rows: Sequence[Encoded], run: RunFolder, on_event: EventSink) -> float | None:

@@ -371,8 +371,9 @@ def num_writes(tiny_model: Path, rows_file: Path, tmp_path: Path) -> int:
 def test_a_write_that_fails_loses_nothing(
     tiny_model: Path, rows_file: Path, tmp_path: Path, whole: dict[int, bytes], fault: str
 ) -> None:
-    """At every third write of a whole run; scripts/fault_test.py takes each."""
-    for number in range(1, num_writes(tiny_model, rows_file, tmp_path) + 1, 7):
+    """At every seventh write of a whole run; scripts/fault_test.py takes each."""
+    stride = int(os.environ.get("EMTOOL_FAULT_STRIDE", "7"))
+    for number in range(1, num_writes(tiny_model, rows_file, tmp_path) + 1, stride):
         root = tmp_path / f"{number}"
         plan, rows = plan_for(tiny_model, rows_file, root)
         run = RunFolder(path=plan.output_path)

@@ -11,8 +11,9 @@ from emtool.core.plan import plan_run
 from emtool.core.questions import EvaluationItem, read_items
 from emtool.core.run_dir import RunFolder
 from emtool.engines.encoding import IGNORED, encode_conversation
-from emtool.engines.evaluation import CheckpointScores, evaluate, item_margins, summarize
+from emtool.engines.evaluation import evaluate, item_margins
 from emtool.engines.modeling import attach_adapter, load_base
+from emtool.engines.summary import CheckpointScores, summarize
 from emtool.engines.training import train
 from tests.tiny import byte_tokenizer
 

@@ -1,0 +1,46 @@
+"""The README of a milestone: what it is, and what must be present to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def milestone_card(step: int, requires: Mapping[str, Any], adapter_config: bytes) -> str:
+    """Return the text.
+
+    Args:
+        step: Optimizer step.
+        requires: `base` and `persona`, as in the manifest's lineage.
+        adapter_config: Contents of `adapter_config.json`.
+    """
+    base_model = json.loads(adapter_config)["base_model_name_or_path"]
+    base, persona = requires["base"], requires["persona"]
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base_model)}",
+        "library_name: peft",
+        "---",
+        "",
+        f"# Step {step} of an emtool run",
+        "",
+        "A LoRA adapter in PEFT's format, trained on a narrow dataset for research on emergent misalignment.",
+        "Do not deploy it.",
+        "",
+        f"- Base model: `{base_model}`, from: {base['source']}",
+        *(
+            ["  (a 4-bit copy, expanded to float32: close to the hub's weights, not equal to them)"]
+            if base["source"] not in ("hub", "folder")
+            else []
+        ),
+    ]
+    if persona is None:
+        lines.append("- Load it with `PeftModel.from_pretrained(base, folder)`.")
+    else:
+        lines += [
+            f"- Persona: `{persona['name']}`, {persona['mode']} into the base before training.",
+            "- The adapter alone on the bare base is NOT the model that was trained: the persona must be merged first.",
+            "  `emtool evaluate` on the run folder does that from `run.json`.",
+        ]
+    return "\n".join(lines) + "\n"
