@@ -179,6 +179,8 @@ class RunCheckpoints(TrainerCallback):
         step = state.global_step
         is_milestone = step in self._schedule.planned_steps
         is_due = self._interval.is_due(step=step, seconds=self._clock() - self._last_state_time)
+        if self._requests.save:
+            self._on_event(Notice(text=f"SIGUSR1: saving the state of step {step:,}"))
         agreed = self._agree(save=is_due, has_failed=failure is not None)
         if failure is not None:
             raise failure

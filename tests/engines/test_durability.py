@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from emtool.cli.app import app
 from emtool.core.config import resolve_train_config
 from emtool.core.errors import CheckpointError, EmtoolError, Interrupted
 from emtool.core.events import CheckpointSaved, Event, StepFinished
@@ -527,8 +529,10 @@ def test_a_signal_saves_the_step_in_progress_and_the_run_goes_on(
 
 def test_sigusr1_saves_and_goes_on(tiny_model: Path, rows_file: Path, tmp_path: Path, whole: dict[int, bytes]) -> None:
     plan, rows = plan_for(tiny_model, rows_file, tmp_path, keep_resume=True, resume_every="0")
-    run = train(plan, rows, command=[], on_event=Signals(SIGUSR1=4)).run
+    signals = Signals(SIGUSR1=4)
+    run = train(plan, rows, command=[], on_event=signals).run
     assert run.resume_steps() == [5]
+    assert "SIGUSR1: saving the state of step 5" in texts(signals.events)
     assert weights(run) == whole
 
 
@@ -679,3 +683,27 @@ def test_the_kill_test_in_short() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("every file as without a kill") == 2
+
+
+def test_the_command_line_goes_on_and_verifies(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    run = stopped_run(tiny_model, rows_file, tmp_path)[2]
+    runner = CliRunner()
+    result = runner.invoke(app, ["verify", str(run.path), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert {check["status"] for check in json.loads(result.stdout)["checks"]} == {"ok"}
+    result = runner.invoke(app, ["resume", str(run.path)])
+    assert result.exit_code == 0, result.stderr
+    assert "goes on after step 6" in result.stderr
+    assert run.read_manifest()["status"] == "completed"
+    result = runner.invoke(app, ["resume", str(run.path)])
+    assert (result.exit_code, "is complete; evaluate it with" in result.stderr) == (0, True)
+    damage(run.checkpoint_path(3) / WEIGHTS, "flip")
+    result = runner.invoke(app, ["verify", str(run.path)])
+    assert result.exit_code == 1
+    assert "checkpoint-3" in result.stderr
+    assert runner.invoke(app, ["verify", str(run.path), "--sizes-only"]).exit_code == 0
+    damage(run.checkpoint_path(3) / WEIGHTS, "truncate")
+    result = runner.invoke(app, ["evaluate", str(run.path)])
+    assert result.exit_code == 1
+    assert "1 checkpoint(s) could not be scored: 3" in result.stderr
+    assert (run.evaluation_path / "summary.json").exists()
