@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +74,6 @@ class Snapshot:
         optimizer: The optimizer's state dict; None where no resume state is written.
         small_files: Name to contents of the other files that the Trainer resumes from.
         stall: How long training stood still for it.
-        finish: Makes or awaits the copy; nothing is read before it.
     """
 
     step: int
@@ -82,7 +81,6 @@ class Snapshot:
     optimizer: Any | None
     small_files: Mapping[str, bytes]
     stall: Stall
-    finish: Callable[[], None] = lambda: None
 
 
 @dataclass(kw_only=True)
@@ -122,7 +120,6 @@ class CheckpointWriter:
             DiskSpaceError: If the disk is full; what was saved before is whole, and nothing partial is left.
             CheckpointError: If it cannot be written for another reason.
         """
-        snapshot.finish()
         try:
             if resume:
                 self._write_folder(self.run.resume_state_path(snapshot.step), snapshot)

@@ -279,9 +279,14 @@ class RunCheckpoints(TrainerCallback):
             optimizer=copies["optimizer"],
             small_files=small_files,
             stall=self._stall,
-            finish=self._buffer.finish,
         )
-        self._background.start(lambda: self._writer.write(snapshot, resume=due.resume, milestone=due.milestone))
+        self._background.start(lambda: self._write(snapshot, due))
+
+    def _write(self, snapshot: Snapshot, due: _Due) -> None:
+        """Make or await the copy, whatever follows: the next optimizer step waits for it. Then write."""
+        assert self._buffer is not None
+        self._buffer.finish()
+        self._writer.write(snapshot, resume=due.resume, milestone=due.milestone)
 
     def _save_sharded(self, due: _Due) -> None:
         """Save with the Trainer's own method, which alone can gather the shards, into the staging folder."""
