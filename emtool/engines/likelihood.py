@@ -57,8 +57,8 @@ def _score_batch(model: Any, rows: Sequence[Encoded], prefix: int, cache: Any) -
     columns_L = (labels_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     past = {}
     if cache is not None:
-        past = {"past_key_values": copy.deepcopy(cache), "use_cache": True}
-        past["past_key_values"].batch_repeat_interleave(len(rows))
+        past = {"cache": copy.deepcopy(cache), "use_cache": True}
+        past["cache"].batch_repeat_interleave(len(rows))
     logits_BLV = model(
         input_ids=ids_BT.to(device),
         attention_mask=mask_BPT.to(device),
@@ -76,7 +76,7 @@ def _score_batch(model: Any, rows: Sequence[Encoded], prefix: int, cache: Any) -
 
 def _prefix_cache(model: Any, ids: list[int]) -> Any:
     ids_1P = torch.tensor([ids], device=model.device)
-    return model(input_ids=ids_1P, use_cache=True, logits_to_keep=1).past_key_values
+    return model(input_ids=ids_1P, use_cache=True, logits_to_keep=1).cache
 
 
 def _common_prefix(rows: Sequence[Encoded]) -> int:
