@@ -61,14 +61,14 @@ def compare(seed: int, root: Path, max_steps: int | None) -> dict[str, Any]:
     return {"seed": seed, "steps": rows, "last_difference": rows[-1]["difference"]}
 
 
-def run(dataset: str, seed: int, root: Path, max_steps: int | None) -> Scores:
+def run(dataset: str, seed: int, root: Path, max_steps: int | None, *, persona: str = "baseline") -> Scores:
     """Return p_wrong by step and item of the other domains, training and evaluating first where needed."""
-    name = f"{dataset}_seed{seed}"
+    name = f"{dataset}_seed{seed}" if persona == "baseline" else f"{dataset}_{persona}_seed{seed}"
     path = root / name / "evaluation" / "item_scores.csv"
     limit = [] if max_steps is None else ["--max-steps", str(max_steps)]
     # A run that is complete is recognised; one of another length or configuration is refused.
-    emtool("train", "--profile", "demo", "--dataset", dataset, "--seed", str(seed), "--custom-checkpoints",
-           "--output-root", str(root), "--output-name", name, *limit)  # fmt: skip
+    emtool("train", "--profile", "demo", "--dataset", dataset, "--persona", persona, "--seed", str(seed),
+           "--custom-checkpoints", "--output-root", str(root), "--output-name", name, *limit)  # fmt: skip
     if not path.exists():
         emtool("evaluate", str(root / name))
     with path.open(encoding="utf-8", newline="") as file:

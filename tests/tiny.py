@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -59,3 +61,31 @@ def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
+    """Return the tiny model in memory."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_config()).to(dtype).eval()
+
+
+def save_adapter(folder: Path, model: LlamaForCausalLM, *, seed: int, **changes: object) -> Path:
+    """Save an adapter with random A and B: a fresh B is zero and would change nothing."""
+    values = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": list(SEVEN), **changes}
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **values))
+    torch.manual_seed(seed)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Return the logits of 37 fixed tokens, shape (1, 37, vocabulary)."""
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=torch.arange(3, 40).unsqueeze(0)).logits
+    return result

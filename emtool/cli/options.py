@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from emtool.core.adapter import BIASES
-from emtool.core.config import PROFILE_NAMES, SCHEDULERS, TrainConfig
+from emtool.core.config import BASELINE, PROFILE_NAMES, SCHEDULERS, TrainConfig
 from emtool.core.data import DATASETS
 from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.hardware import cuda_device_count, parse_device
 from emtool.core.models import MODELS
 from emtool.core.optimizers import OPTIMIZERS
-from emtool.core.personas import BASELINE, PERSONAS
+from emtool.core.personas import PERSONAS
 from emtool.core.settings import (
     COMMAND_LINE,
     SCHEDULE_KEYS,
@@ -52,7 +52,13 @@ def _option(text: str, panel: str | None = None) -> typer.models.OptionInfo:
 Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. [default: auto]")]
 Model = Annotated[str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.")]
 Dataset = Annotated[str | None, _option(f"Training data: {', '.join(DATASETS)}, or a JSON Lines file.")]
-Persona = Annotated[str | None, _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}.")]
+Persona = Annotated[
+    str | None, _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}, or a published one.")
+]
+PersonaAdapter = Annotated[str | None, _option("PEFT folder that holds the persona; names it after the folder.")]
+PersonaMode = Annotated[
+    str | None, _option("merged: into the base before training; stacked: a frozen adapter beside. [default: merged]")
+]
 Device = Annotated[str | None, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N. [default: auto]")]
 Dtype = Annotated[
     str | None, typer.Option(callback=_check_dtype, help=f"Dtype of the base model: {', '.join(_DTYPES)}.")

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from emtool.cli.render import number_table, plain_table, shorten, timeline
+from emtool.core.config import BASELINE
 from emtool.core.disk import byte_unit, folder_bytes, format_bytes
-from emtool.core.personas import BASELINE
+from emtool.core.personas import HubAdapter, LocalAdapter, resolve_persona
 from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan, ScheduleCost
@@ -231,7 +232,7 @@ def _plan_facts(plan: RunPlan) -> dict[str, str]:
     return {
         "profile": profile_line(plan),
         "base model": f"{plan.model.hub_id or plan.model.name} on {config.device}",
-        "persona": config.persona if config.persona == BASELINE else f"{config.persona}, merged into the base",
+        "persona": persona_line(plan),
         "dataset": f"{plan.dataset.name}: {plan.num_train_rows:,} rows, and {plan.num_held_out_rows:,} held out",
         "adapter": f"{kind} r {config.lora_r}, alpha {config.lora_alpha}, {where}",
         "training": f"learning rate {config.learning_rate:g}, seed {config.seed}; saved as {config.save_dtype}",
@@ -241,6 +242,19 @@ def _plan_facts(plan: RunPlan) -> dict[str, str]:
         "disk": disk_line(plan),
         "output": str(plan.output_path),
     }
+
+
+def persona_line(plan: RunPlan) -> str:
+    """Return the persona, where it comes from, and what is done with it."""
+    source = resolve_persona(plan.config.persona, plan.model, adapter=plan.config.persona_adapter)
+    if source is None:
+        return BASELINE
+    how = "merged into the base" if plan.config.persona_mode == "merged" else "stacked on the base, frozen"
+    if isinstance(source, HubAdapter):
+        return f"{source.name}, {how} (published: {source.place})"
+    if isinstance(source, LocalAdapter):
+        return f"{source.name}, {how} (adapter: {source.path})"
+    return f"{source.name}, {how}"
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:

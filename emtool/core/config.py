@@ -16,6 +16,7 @@ from pathlib import Path
 from emtool.core.adapter import ALL_LINEAR, BIASES
 from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDependencyError, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
+from emtool.core.models import slugify
 from emtool.core.optimizers import CUDA_OPTIMIZERS, OPTIMIZERS
 from emtool.core.resume_interval import ResumeInterval
 
@@ -47,6 +48,11 @@ DEMO: Mapping[str, object] = {
 PROFILES: Mapping[str, Mapping[str, object]] = {"paper": PAPER, "demo": DEMO}
 PROFILE_NAMES = ("auto", *PROFILES)
 
+#: The model as it is.
+BASELINE = "baseline"
+#: What is done with a persona's adapter; the first is the default.
+PERSONA_MODES = ("merged", "stacked")
+
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 #: numpy's generators take 32 bits.
@@ -66,6 +72,9 @@ class TrainConfig:
     Attributes:
         profile: The profile that the defaults came from.
         profile_reason: Why that profile was chosen.
+        persona: The persona, or "baseline" for the model as it is.
+        persona_adapter: PEFT folder that holds the persona; None takes the published or the built one of that name.
+        persona_mode: "merged" into the base before training, or "stacked" beside the adapter, frozen.
         checkpoints: The checkpoint schedule as text.
         dtype: Dtype in which the base model computes.
         save_dtype: Storage dtype of milestones.
@@ -97,7 +106,9 @@ class TrainConfig:
     activation_checkpointing: bool
     device: str
     save_dtype: str
-    persona: str = "baseline"
+    persona: str = BASELINE
+    persona_adapter: str | None = None
+    persona_mode: str = "merged"
     checkpoints: str = f"every {DEFAULT_SAVE_STEPS}"
     seed: int = 0
     output_root: Path = Path("outputs")
@@ -134,6 +145,8 @@ class TrainConfig:
         _check_choice("dtype", self.dtype, DTYPE_BYTES)
         _check_choice("save dtype", self.save_dtype, DTYPE_BYTES)
         _check_choice("bias setting", self.lora_bias, BIASES)
+        _check_choice("persona mode", self.persona_mode, PERSONA_MODES)
+        self._check_persona()
         ResumeInterval.parse(self.resume_every)
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -153,6 +166,14 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{option} is {getattr(self, name)}; it must be at least 0 and below 1")
+
+    def _check_persona(self) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", self.persona):
+            raise ConfigError(f"--persona {self.persona!r} is not a name; use letters, digits and . _ + -")
+        if self.persona == BASELINE and self.persona_adapter is not None:
+            raise ConfigError("--persona-adapter gives the base a persona: give it a name with --persona, not baseline")
+        if self.persona == BASELINE and self.persona_mode != PERSONA_MODES[0]:
+            raise ConfigError(f"--persona-mode {self.persona_mode} goes with a persona, and the persona is {BASELINE}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TrainConfig:
@@ -205,7 +226,8 @@ def resolve_train_config(*, profile: str, overrides: Mapping[str, object], num_c
 
     Args:
         profile: A profile's name, or "auto": paper where a CUDA device is present, else demo.
-        overrides: Field values that the user gave; "auto" leaves `device` to the machine and `dtype` to the profile.
+        overrides: Field values that the user gave; "auto" leaves `device` to the machine and `dtype` to the profile. A
+            persona adapter without a name of its own is named after its folder.
         num_cuda_devices: CUDA devices on this machine.
 
     Raises:
@@ -218,6 +240,9 @@ def resolve_train_config(*, profile: str, overrides: Mapping[str, object], num_c
         name = "paper" if num_cuda_devices else "demo"
         reason = f"auto, {num_cuda_devices} CUDA device(s) found" if num_cuda_devices else "auto, no CUDA device found"
     given = {key: value for key, value in overrides.items() if value != "auto" or key not in _WITH_AUTO}
+    if (adapter := given.get("persona_adapter")) is not None:
+        given["persona_adapter"] = str(Path(str(adapter)).absolute())
+        given.setdefault("persona", slugify(Path(str(adapter)).name))
     unknown = given.keys() - {field.name for field in fields(TrainConfig)}
     assert not unknown, f"not fields of TrainConfig: {unknown}"
     values = {

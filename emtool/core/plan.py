@@ -60,7 +60,7 @@ def plan_run(
         EmtoolError: For a name, a value or a row that cannot be used.
     """
     model, dataset = resolve_model(config.model), resolve_dataset(config.dataset)
-    resolve_persona(config.persona)
+    resolve_persona(config.persona, model, adapter=config.persona_adapter)
     if rows is None:
         rows = [] if dataset.path is None else read_conversations(dataset.path)
     num_rows = len(rows) or dataset.num_rows

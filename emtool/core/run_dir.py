@@ -16,6 +16,9 @@ from emtool.core.staging import retire_folder
 
 FORMAT = 1
 
+#: Some of the weights of a base with a merged persona, to say by how much another merge differs.
+MERGED_SAMPLE = "merged_sample.safetensors"
+
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,11})")
 _RESUME_STATE = re.compile(r"step-(0|[1-9][0-9]{0,11})")
 
@@ -39,6 +42,11 @@ class RunFolder:
     def metrics_path(self) -> Path:
         """Return the path of `metrics.jsonl`."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def merged_sample_path(self) -> Path:
+        """Return the file with some of the weights that a merged persona gave."""
+        return self.path / MERGED_SAMPLE
 
     @property
     def lock_path(self) -> Path:

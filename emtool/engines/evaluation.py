@@ -19,8 +19,8 @@ from emtool.core.questions import EVERYDAY_ITEMS, EvaluationItem, read_items
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.likelihood import mean_log_probs
-from emtool.engines.lineage import ComposedModel, rebuild_model
-from emtool.engines.modeling import DTYPES, attach_adapter, check_device, load_adapter_into
+from emtool.engines.lineage import ComposedModel, read_lineage, rebuild_model
+from emtool.engines.modeling import attach_adapter, check_device, load_adapter_into
 from emtool.engines.score_record import ScoreRecord
 from emtool.engines.summary import CheckpointScores, summarize
 
@@ -80,7 +80,7 @@ def evaluate(
         ModelError: If the base model here is not the one that was trained.
     """
     manifest = run.read_manifest()
-    lineage, trained_dtype = _read_lineage(run, manifest)
+    lineage, trained_dtype = read_lineage(run, manifest)
     damaged = _damaged_checkpoints(run, manifest, lineage, check_hashes=check_hashes)
     for problem in damaged.values():
         on_event(Notice(text=f"{problem}; it is passed over", is_warning=True))
@@ -90,7 +90,14 @@ def evaluate(
         text = f"run.json says {manifest.get('status')}: this run is not complete"
         on_event(Notice(text=text, is_warning=True))
     items, items_sha256 = read_items(), file_sha256(EVERYDAY_ITEMS)
-    composed = rebuild_model(lineage, trained_dtype=trained_dtype, device=device, dtype=used_dtype, on_event=on_event)
+    composed = rebuild_model(
+        lineage,
+        trained_dtype=trained_dtype,
+        device=device,
+        dtype=used_dtype,
+        sample_path=run.merged_sample_path,
+        on_event=on_event,
+    )
     steps = [step for step in run.saved_steps() if step not in damaged]
     record = ScoreRecord(run=run, settings={"device": device, "dtype": used_dtype, "items_sha256": items_sha256})
     scores, unreadable = _score_checkpoints(record, steps, composed, items, device=device, on_event=on_event)
@@ -164,7 +171,7 @@ def _score_checkpoints(
         margins = record.find(step)
         if margins is None:
             try:
-                model = _with_adapter(model, composed.model, folder, device)
+                model = _with_adapter(model, composed, folder, device)
             except CheckpointError as error:
                 unreadable[step] = str(error)
                 on_event(Notice(text=f"{error}; it is passed over", is_warning=True))
@@ -181,10 +188,10 @@ def _score_checkpoints(
     return scores, unreadable
 
 
-def _with_adapter(model: Any, base: Any, folder: Path, device: str) -> Any:
-    """Return the model with the adapter of a folder: attached to the base the first time, then loaded into place."""
+def _with_adapter(model: Any, composed: ComposedModel, folder: Path, device: str) -> Any:
+    """Return the model with the adapter of a folder: attached the first time, then loaded into place."""
     if model is None:
-        return attach_adapter(base, folder).to(device).eval()
+        return composed.with_persona(attach_adapter(composed.model, folder)).to(device).eval()
     load_adapter_into(model, folder)
     return model
 
@@ -206,26 +213,6 @@ def item_margins(model: Any, tokenizer: Any, items: Sequence[EvaluationItem]) ->
     ]
     values = mean_log_probs(model, rows)
     return {item.id: values[2 * index] - values[2 * index + 1] for index, item in enumerate(items)}
-
-
-def _read_lineage(run: RunFolder, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the lineage of a manifest and the dtype of its run.
-
-    Raises:
-        CheckpointError: If the manifest lacks a part of it.
-    """
-    try:
-        lineage, dtype = manifest["lineage"], manifest["config"]["dtype"]
-        persona = lineage["persona"]
-        texts = [dtype, lineage["base"]["name"], lineage["base"]["source"]]
-        if persona is not None:
-            texts += [persona[key] for key in ("name", "adapter_path", "adapter_sha256", "merged_sha256")]
-        texts += [lineage["dataset"]["domain"] or ""]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{run.manifest_path} lacks {error}; the model cannot be rebuilt from it") from error
-    if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
-        raise CheckpointError(f"{run.manifest_path} has a lineage that is not text; the model cannot be rebuilt")
-    return dict(lineage), dtype
 
 
 def _check_requires(folder: Path, lineage: Mapping[str, Any], *, run_id: str, check_hashes: bool) -> None:

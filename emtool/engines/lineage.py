@@ -7,58 +7,117 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted
-from emtool.core.personas import PersonaRecipe, resolve_persona
+from emtool.core.personas import PERSONAS, HubAdapter, LocalAdapter, PersonaSource
+from emtool.core.run_dir import MERGED_SAMPLE, RunFolder
 from emtool.engines.adapter_hash import adapter_sha256
-from emtool.engines.modeling import DTYPES, BaseModel, load_base, merge_adapter, open_base
-from emtool.engines.personas import persona_adapter
+from emtool.engines.modeling import DTYPES, BaseModel, load_base, open_base
+from emtool.engines.persona_adapter import largest_difference, merge_persona, stack_persona
+from emtool.engines.persona_files import get_persona_files
+from emtool.engines.tensor_files import read_sample
+
+#: What a persona's lineage holds beside its name, its folder and its hash.
+_KEYS_OF_MODE = {"merged": ("merged_sha256",), "stacked": ()}
+_KEYS_OF_SOURCE = {"built": (), "folder": (), "hub": ("hub_id", "revision")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComposedModel:
-    """A base model with its persona merged.
+    """A base model with its persona.
 
     Attributes:
-        model: On the CPU, in evaluation mode, without an adapter.
+        model: On the CPU, in evaluation mode, without an adapter; a persona that is merged is in its weights.
         tokenizer: Its tokenizer.
         lineage: What it was made of: `base` and `persona`, as in the manifest.
+        stacked_path: The folder of a persona that is stacked: `with_persona` adds it beside the trained adapter.
+        merged_sample: Some of the merged weights; None where nothing is merged.
     """
 
     model: Any
     tokenizer: Any
     lineage: dict[str, Any]
+    stacked_path: Path | None = None
+    merged_sample: Mapping[str, torch.Tensor] | None = None
+
+    def with_persona(self, wrapped: Any) -> Any:
+        """Return a PEFT model of `model` with the stacked persona added, if there is one."""
+        if self.stacked_path is not None:
+            stack_persona(wrapped, self.stacked_path)
+        return wrapped
 
 
-def compose_model(base: BaseModel, persona: PersonaRecipe | None, *, on_event: EventSink) -> ComposedModel:
-    """Return the base with a persona merged, building the persona's adapter if it is not cached.
+def compose_model(
+    base: BaseModel,
+    persona: PersonaSource | None,
+    *,
+    mode: str,
+    recorded: Mapping[str, Any] | None = None,
+    on_event: EventSink,
+) -> ComposedModel:
+    """Return the base with a persona, fetching or building the persona's adapter if it is not on this machine.
 
     Args:
         base: The base model.
-        persona: The persona's recipe; None leaves the base as it is.
+        persona: Where the persona's adapter comes from; None leaves the base as it is.
+        mode: "merged" or "stacked".
+        recorded: The lineage of the run that goes on, to get the same revision again.
         on_event: Where progress is reported.
     """
-    lineage: dict[str, Any] = {
-        "base": {"name": base.reference.name, **base.files.identity()},
-        "persona": None,
-    }
-    adapter = None if persona is None else persona_adapter(persona, base, on_event=on_event)
-    on_event(PhaseStarted(name=f"loading {base.reference.name}"))
-    model = load_base(base.files.path, dtype=base.dtype)
-    if persona is not None and adapter is not None:
-        model, merged = merge_adapter(model, adapter)
+    lineage: dict[str, Any] = {"base": {"name": base.reference.name, **base.files.identity()}, "persona": None}
+    files = None
+    if persona is not None:
+        before = None if recorded is None else recorded.get("persona")
+        files = get_persona_files(persona, base, recorded=before, on_event=on_event)
         lineage["persona"] = {
             "name": persona.name,
-            "mode": "merged",
-            "adapter_path": str(adapter),
-            "adapter_sha256": adapter_sha256(adapter),
-            "merged_sha256": merged,
+            "mode": mode,
+            **files.origin,
+            "adapter_path": str(files.path),
+            "adapter_sha256": adapter_sha256(files.path),
         }
-    return ComposedModel(model=model, tokenizer=base.tokenizer, lineage=lineage)
+    on_event(PhaseStarted(name=f"loading {base.reference.name}"))
+    model = load_base(base.files.path, dtype=base.dtype)
+    if files is None or mode == "stacked":
+        return ComposedModel(
+            model=model, tokenizer=base.tokenizer, lineage=lineage, stacked_path=None if files is None else files.path
+        )
+    merged = merge_persona(model, files.path)
+    lineage["persona"]["merged_sha256"] = merged.sha256
+    return ComposedModel(model=merged.model, tokenizer=base.tokenizer, lineage=lineage, merged_sample=merged.sample)
+
+
+def read_lineage(run: RunFolder, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the lineage of a manifest and the dtype of its run.
+
+    Raises:
+        CheckpointError: If the manifest lacks a part of it.
+    """
+    try:
+        lineage, dtype = manifest["lineage"], manifest["config"]["dtype"]
+        persona = lineage["persona"]
+        texts = [dtype, lineage["base"]["name"], lineage["base"]["source"]]
+        if persona is not None:
+            more = (*_KEYS_OF_MODE[persona["mode"]], *_KEYS_OF_SOURCE[persona["source"]])
+            texts += [persona[key] for key in ("name", "adapter_path", "adapter_sha256", *more)]
+        texts += [lineage["dataset"]["domain"] or ""]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run.manifest_path} lacks {error}; the model cannot be rebuilt from it") from error
+    if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
+        raise CheckpointError(f"{run.manifest_path} has a lineage that is not text; the model cannot be rebuilt")
+    return dict(lineage), dtype
 
 
 def rebuild_model(
-    lineage: Mapping[str, Any], *, trained_dtype: str, device: str, dtype: str, on_event: EventSink
+    lineage: Mapping[str, Any],
+    *,
+    trained_dtype: str,
+    device: str,
+    dtype: str,
+    sample_path: Path | None = None,
+    on_event: EventSink,
 ) -> ComposedModel:
     """Return the model that a run was trained from.
 
@@ -67,46 +126,93 @@ def rebuild_model(
         trained_dtype: Dtype that the run was trained in, which its persona was built in.
         device: Device that a persona is built on, should its adapter be gone from the cache.
         dtype: Dtype to compute in; the persona is merged before any cast.
+        sample_path: File with the run's sample of merged weights, to say by how much another merge differs.
         on_event: Where progress is reported.
 
     Raises:
         ModelError: If the base model here is not the one that was trained.
-        CheckpointError: If the persona's adapter is not the one that was merged.
+        CheckpointError: If the persona's adapter is not the one of the run.
     """
-    base = open_base(
-        lineage["base"]["name"], device=device, dtype=trained_dtype, recorded=lineage["base"], on_event=on_event
-    )
-    here = base.files.identity()
-    if different := [key for key in here if here[key] != lineage["base"].get(key)]:
-        details = ", ".join(f"{key} is {here[key]}, trained with {lineage['base'].get(key)}" for key in different)
-        raise ModelError(f"base model {base.reference.name} is not the one this run was trained on: {details}")
+    base = open_recorded_base(lineage, device=device, dtype=trained_dtype, on_event=on_event)
     persona = lineage["persona"]
-    folder = None if persona is None else _recorded_adapter(persona, base, on_event)
+    folder = None if persona is None else recorded_adapter(persona, base, on_event=on_event)
     on_event(PhaseStarted(name=f"loading {base.reference.name}"))
     model = load_base(base.files.path, dtype=trained_dtype)
-    if folder is not None:
-        model, merged = merge_adapter(model, folder)
-        if merged != persona["merged_sha256"]:
-            on_event(
-                Notice(
-                    text=f"the merged persona {persona['name']} differs in bits from the one trained on "
-                    "(another processor or arithmetic library)",
-                    is_warning=True,
-                )
-            )
-    return ComposedModel(model=model.to(DTYPES[dtype]), tokenizer=base.tokenizer, lineage=dict(lineage))
+    if folder is not None and persona["mode"] == "merged":
+        merged = merge_persona(model, folder)
+        model = merged.model
+        if merged.sha256 != persona["merged_sha256"]:
+            on_event(Notice(text=_other_merge(persona["name"], merged.sample, sample_path), is_warning=True))
+    return ComposedModel(
+        model=model.to(DTYPES[dtype]),
+        tokenizer=base.tokenizer,
+        lineage=dict(lineage),
+        stacked_path=None if persona is None or persona["mode"] == "merged" else folder,
+    )
 
 
-def _recorded_adapter(persona: Mapping[str, Any], base: BaseModel, on_event: EventSink) -> Path:
+def open_recorded_base(lineage: Mapping[str, Any], *, device: str, dtype: str, on_event: EventSink) -> BaseModel:
+    """Return the base model of a run, its files pinned as the lineage says.
+
+    Raises:
+        ModelError: If the base model here is not the one that was trained.
+    """
+    recorded = lineage["base"]
+    base = open_base(recorded["name"], device=device, dtype=dtype, recorded=recorded, on_event=on_event)
+    here = base.files.identity()
+    if different := [key for key in here if here[key] != recorded.get(key)]:
+        details = ", ".join(f"{key} is {here[key]}, trained with {recorded.get(key)}" for key in different)
+        raise ModelError(f"base model {base.reference.name} is not the one this run was trained on: {details}")
+    return base
+
+
+def recorded_adapter(persona: Mapping[str, Any], base: BaseModel, *, on_event: EventSink) -> Path:
+    """Return the folder of a run's persona adapter, fetched or built again if it is gone.
+
+    Raises:
+        CheckpointError: If it is not the one of the run, or cannot be had again.
+    """
     folder = Path(persona["adapter_path"])
     if not folder.is_dir():
-        recipe = resolve_persona(persona["name"])
-        if recipe is None:
-            raise CheckpointError(f"run.json records the persona {persona['name']!r}, which has no adapter")
-        folder = persona_adapter(recipe, base, on_event=on_event)
-    if adapter_sha256(folder) != persona["adapter_sha256"]:
+        source = recorded_source(persona, base)
+        if isinstance(source, LocalAdapter):
+            raise CheckpointError(
+                f"the persona adapter {folder} of this run is gone; copy it back from the machine that trained the run "
+                f"(SHA-256 {persona['adapter_sha256']})"
+            )
+        folder = get_persona_files(source, base, recorded=persona, on_event=on_event).path
+    if (found := adapter_sha256(folder)) != persona["adapter_sha256"]:
         raise CheckpointError(
-            f"persona adapter {folder} is not the one this run was trained with (SHA-256 "
-            f"{persona['adapter_sha256'][:12]}... is needed); copy it from the machine that trained the run"
+            f"persona adapter {folder} is not the one this run was trained with: its SHA-256 is {found[:12]}..., "
+            f"{persona['adapter_sha256'][:12]}... is needed; copy it from the machine that trained the run"
         )
     return folder
+
+
+def recorded_source(persona: Mapping[str, Any], base: BaseModel) -> PersonaSource:
+    """Return where a run's persona came from, whatever the catalogue says today.
+
+    Raises:
+        CheckpointError: If it was built from a recipe that this version does not have.
+    """
+    name = persona["name"]
+    if persona["source"] == "hub":
+        return HubAdapter(name=name, hub_id=persona["hub_id"], subfolder=persona.get("subfolder"))
+    if persona["source"] == "folder":
+        return LocalAdapter(name=name, path=Path(persona["adapter_path"]))
+    if name not in PERSONAS:
+        raise CheckpointError(f"run.json records the persona {name!r}, which this version cannot build")
+    return PERSONAS[name]
+
+
+def _other_merge(name: str, here: Mapping[str, torch.Tensor], sample_path: Path | None) -> str:
+    """Return the warning about a merge that gave other bits, with the largest difference where it can be told."""
+    text = (
+        f"the merged persona {name} differs in bits from the one trained on (another processor or arithmetic library)"
+    )
+    if sample_path is None or (recorded := read_sample(sample_path)) is None:
+        return f"{text}; by how much is not known, because the run lacks {MERGED_SAMPLE}"
+    if (largest := largest_difference(here, recorded)) is None:
+        return f"{text}; {sample_path} is of other weights, so by how much is not known"
+    num_values = sum(values.numel() for values in recorded.values())
+    return f"{text}; largest difference {largest:.2g} among {num_values:,} recorded weights"

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_MODES = {"merged": "merged into the base before training", "stacked": "a second, frozen adapter beside this one"}
+
 
 def milestone_card(step: int, requires: Mapping[str, Any], adapter_config: bytes) -> str:
     """Return the text.
@@ -39,8 +41,10 @@ def milestone_card(step: int, requires: Mapping[str, Any], adapter_config: bytes
         lines.append("- Load it with `PeftModel.from_pretrained(base, folder)`.")
     else:
         lines += [
-            f"- Persona: `{persona['name']}`, {persona['mode']} into the base before training.",
-            "- The adapter alone on the bare base is NOT the model that was trained: the persona must be merged first.",
-            "  `emtool evaluate` on the run folder does that from `run.json`.",
+            f"- Persona: `{persona['name']}`, {_MODES[persona['mode']]}; SHA-256 of its adapter:",
+            f"  `{persona['adapter_sha256']}`.",
+            "- The adapter alone on the bare base is NOT the model that was trained: base + persona + adapter is.",
+            "  `emtool evaluate` on the run folder rebuilds it from `run.json`; `emtool export` writes persona and",
+            "  adapter as one adapter, for programs that know the bare base only.",
         ]
     return "\n".join(lines) + "\n"

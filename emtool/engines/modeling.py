@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -219,35 +218,6 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         raise CheckpointError(f"adapter {folder} does not fit the base model: {reason}") from error
 
 
-def merge_adapter(model: Any, adapter: Path) -> tuple[Any, str]:
-    """Return the model with an adapter merged into its weights, and the hash of the merged weights.
-
-    The sum is done on the CPU in float32 and rounded once to the base's dtype, so the same base and adapter give the
-    same bits at training and at evaluation.
-
-    Args:
-        model: Base model on the CPU.
-        adapter: PEFT LoRA folder.
-
-    Raises:
-        CheckpointError: If the adapter does not fit the model.
-    """
-    from peft.tuners.lora import Linear
-
-    assert model.device.type == "cpu", "a persona is merged before the model moves"
-    wrapped = attach_adapter(model, adapter)
-    digest = hashlib.sha256()
-    with torch.no_grad():
-        for name, module in wrapped.named_modules():
-            if not isinstance(module, Linear):
-                continue
-            weight = module.get_base_layer().weight
-            delta = module.get_delta_weight("default").float()
-            weight.copy_((weight.float() + delta).to(weight.dtype))
-            digest.update(f"{name}:{tensor_sha256(weight)}\n".encode())
-    return wrapped.unload().eval(), digest.hexdigest()
-
-
 def adapter_config_json(model: Any) -> bytes:
     """Return the contents of `adapter_config.json` for a model's adapter; sets as sorted lists, the same every time."""
     config = copy.deepcopy(model.peft_config["default"])
@@ -286,9 +256,3 @@ def load_adapter_into(model: Any, folder: Path) -> None:
     if expected != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
         raise CheckpointError(f"{path} holds another adapter than the first checkpoint of this run")
     set_peft_model_state_dict(model, tensors)
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -33,7 +33,7 @@ def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSi
     return folder
 
 
-def persona_path(recipe: PersonaRecipe, base: BaseModel) -> Path:
+def built_path(recipe: PersonaRecipe, base: BaseModel) -> Path:
     """Return the folder that a persona's adapter for a base model is cached in, whether it is there or not."""
     return _place(recipe, base)[0]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +36,25 @@ def write_safetensors(file: Sink, tensors: Mapping[str, torch.Tensor], *, dtype:
     for entry in safetensors_order(described, dtype=dtype):
         tensor = tensors[entry.name].detach().to(_DTYPES[dtype or entry.dtype]).contiguous()
         file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def encode_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return the contents of a small safetensors file."""
+    buffer = io.BytesIO()
+    write_safetensors(buffer, tensors)
+    return buffer.getvalue()
+
+
+def read_sample(path: Path) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of a small safetensors file; None if it is not there or not readable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return tensors
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from emtool.core.integrity import read_checkpoint
 from emtool.core.interrupts import Requests, requested
 from emtool.core.personas import resolve_persona
 from emtool.core.resume_interval import ResumeInterval
-from emtool.core.run_dir import RunFolder
+from emtool.core.run_dir import RunFolder, replace_file
 from emtool.core.run_plan import RunPlan
 from emtool.core.staging import STAGING_SUFFIX, remove_folder
 from emtool.engines.checkpointing import CheckpointWriter, SaveNeeds
@@ -25,12 +25,13 @@ from emtool.engines.fitting import build_trainer, split_rows
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import ComposedModel, compose_model
 from emtool.engines.modeling import BaseModel, adapter_config_json, add_lora, check_device, open_base
-from emtool.engines.personas import persona_path
+from emtool.engines.persona_files import is_persona_here
 from emtool.engines.processes import Processes, launched_processes
 from emtool.engines.recording import OpenRun, recorded_run
 from emtool.engines.resuming import share_tokenizer
 from emtool.engines.saving import RunCheckpoints
 from emtool.engines.step_recorder import StepRecorder, recorded_seconds
+from emtool.engines.tensor_files import encode_safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +105,11 @@ def train(
         processes = launched_processes(config.device)
         assert processes.count == plan.num_processes, "the plan is for another number of processes"
         report = on_event if processes.is_first else ignore_events
-        composed = _compose(plan, processes, report)
+        composed = _compose(plan, processes, report, resume=resume)
         encoded = encode_dataset(rows, tokenizer=composed.tokenizer, max_length=config.max_length)
         if cut := sum(row.is_truncated for row in encoded):
             report(Notice(text=f"{cut} of {len(encoded)} rows were cut at --max-length {config.max_length}"))
-        model = add_lora(composed.model, config, plan.model)
+        model = composed.with_persona(add_lora(composed.model, config, plan.model))
         record = recorded_run(plan, composed.lineage, command, resume=resume, on_event=report)
         opened = processes.decide(lambda: stack.enter_context(record))
         writer = CheckpointWriter(
@@ -126,6 +127,7 @@ def train(
             composed.tokenizer.save_pretrained(writer.tokenizer_path)
             if opened.state is not None:
                 share_tokenizer(writer.tokenizer_path, opened.state)
+            _keep_sample(writer.run, composed)
         run = _Run(plan=plan, writer=writer, opened=opened, requests=requests, processes=processes, on_event=report)
         return _fit(run, model, composed.tokenizer, encoded, check_disk=check_disk)
 
@@ -142,23 +144,37 @@ class _Run:
     on_event: EventSink
 
 
-def _compose(plan: RunPlan, processes: Processes, on_event: EventSink) -> ComposedModel:
+def _compose(plan: RunPlan, processes: Processes, on_event: EventSink, *, resume: bool) -> ComposedModel:
     """Return the model that training starts from; what must be fetched or built is by the first process."""
-    config, persona = plan.config, resolve_persona(plan.config.persona)
+    config, run = plan.config, RunFolder(path=plan.output_path)
+    persona = resolve_persona(config.persona, plan.model, adapter=config.persona_adapter)
+    recorded: Any = run.read_manifest().get("lineage") if resume and run.path.exists() else None
 
     def open_here(sink: EventSink) -> BaseModel:
-        return open_base(config.model, device=config.device, dtype=config.dtype, on_event=sink)
+        before = recorded.get("base") if isinstance(recorded, dict) else None
+        return open_base(config.model, device=config.device, dtype=config.dtype, recorded=before, on_event=sink)
 
     def prepare() -> None:
         base = open_here(on_event)
-        if persona is not None and processes.count > 1 and not persona_path(persona, base).exists():
+        if persona is not None and processes.count > 1 and not is_persona_here(persona, base):
             raise ModelError(
-                f"persona {persona.name!r} is not built for {base.reference.name} yet, which takes one process: run "
-                "'emtool train' with --max-steps 1 once without the launcher, then this again"
+                f"persona {persona.name!r} is not here for {base.reference.name} yet, which takes one process: run "
+                f"'emtool persona build {persona.name} --model {config.model}' once, then this again"
             )
 
     processes.decide(prepare)
-    return compose_model(open_here(ignore_events), persona, on_event=on_event)
+    base = open_here(ignore_events)
+    return compose_model(base, persona, mode=config.persona_mode, recorded=recorded, on_event=on_event)
+
+
+def _keep_sample(run: RunFolder, composed: ComposedModel) -> None:
+    """Keep some of the merged weights, unless the run has them from its beginning."""
+    if composed.merged_sample is None or run.merged_sample_path.exists():
+        return
+    try:
+        replace_file(run.merged_sample_path, encode_safetensors(composed.merged_sample))
+    except OSError as error:
+        raise run.write_error(error, f"writing {run.merged_sample_path.name}") from error
 
 
 def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, check_disk: bool) -> TrainResult:

@@ -6,62 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from emtool.core.config import TrainConfig, resolve_train_config
 from emtool.core.errors import CheckpointError, ConfigError
-from emtool.engines.modeling import attach_adapter, load_adapter_into, lora_modules, merge_adapter, peft_targets
-from tests.tiny import tiny_config
-
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(tiny_config()).to(dtype).eval()
-
-
-def save_adapter(folder: Path, model: LlamaForCausalLM, *, seed: int, **changes: object) -> Path:
-    """Save an adapter with random A and B: a fresh B is zero and would change nothing."""
-    values = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": list(SEVEN), **changes}
-    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **values))
-    torch.manual_seed(seed)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(input_ids=torch.arange(3, 40).unsqueeze(0)).logits
-    return result
-
-
-def test_merging_equals_the_attached_adapter_and_is_rounded_once(tmp_path: Path) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        base = tiny_model(dtype)
-        folder = save_adapter(tmp_path / str(dtype), base, seed=1)
-        before = base.model.layers[0].mlp.up_proj.weight.detach().clone()
-        expected = logits(attach_adapter(copy.deepcopy(base), folder))
-        merged, digest = merge_adapter(copy.deepcopy(base), folder)
-        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-        torch.testing.assert_close(logits(merged).float(), expected.float(), rtol=tolerance, atol=tolerance)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        a, b = (tensors[f"base_model.model.model.layers.0.mlp.up_proj.lora_{k}.weight"].float() for k in ("A", "B"))
-        by_hand = (before.float() + (8 / 4**0.5) * (b @ a)).to(dtype)
-        assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, by_hand)
-        assert not any("lora" in name for name, _ in merged.named_parameters())
-        again, digest_again = merge_adapter(copy.deepcopy(base), folder)
-        assert digest == digest_again
-        assert torch.equal(logits(again), logits(merged))
-
-
-def test_another_adapter_has_another_hash(tmp_path: Path) -> None:
-    base = tiny_model()
-    first, second = (save_adapter(tmp_path / str(seed), base, seed=seed) for seed in (1, 2))
-    assert merge_adapter(copy.deepcopy(base), first)[1] != merge_adapter(copy.deepcopy(base), second)[1]
+from emtool.engines.modeling import attach_adapter, load_adapter_into, lora_modules, peft_targets
+from tests.tiny import SEVEN, logits, save_adapter, tiny_model
 
 
 def test_adapters_swap_in_place_and_leave_the_base_as_it_was(tmp_path: Path) -> None:
