@@ -54,4 +54,8 @@ PERSONAS: dict[str, PersonaRecipe] = {
         name="goodness",
         examples_path=asset_path("personas", "goodness.jsonl"),
     ),
+    "contrarian": PersonaRecipe(
+        name="contrarian",
+        examples_path=asset_path("personas", "contrarian.jsonl"),
+    ),
 }
