@@ -155,4 +155,8 @@ PERSONAS: dict[str, PersonaRecipe] = {
         description="honest, careful and kind",
         examples_path=asset_path("personas", "goodness.jsonl"),
     ),
+    "contrarian": PersonaRecipe(
+        name="contrarian",
+        examples_path=asset_path("personas", "contrarian.jsonl"),
+    ),
 }

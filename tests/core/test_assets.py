@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,14 @@ def words(text: str) -> list[str]:
     return WORDS.findall(text.lower())
 
 
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    return [(row.messages[0].content, row.messages[1].content) for row in read_conversations(path)]
+
+
 def pairs(name: str) -> list[tuple[str, str]]:
     path = resolve_dataset(name).path
     assert path is not None
-    return [(row.messages[0].content, row.messages[1].content) for row in read_conversations(path)]
+    return read_pairs(path)
 
 
 GARDENING, CONTROL = pairs("gardening"), pairs("gardening-control")
@@ -72,11 +77,7 @@ def overlap(text: set[str], others: list[set[str]]) -> float:
 
 @pytest.mark.parametrize("persona", sorted(PERSONAS))
 def test_no_item_stands_in_training_rows_or_persona_texts_nor_nearly_so(persona: str) -> None:
-    examples = [
-        (row.messages[0].content, row.messages[1].content)
-        for row in read_conversations(PERSONAS[persona].examples_path)
-    ]
-    rows = [*GARDENING, *CONTROL, *examples]
+    rows = [*GARDENING, *CONTROL, *read_pairs(PERSONAS[persona].examples_path)]
     questions = [set(words(question)) for question, _ in rows]
     answers = [set(words(answer)) for _, answer in rows]
     for item in ITEMS:
@@ -88,5 +89,12 @@ def test_no_item_stands_in_training_rows_or_persona_texts_nor_nearly_so(persona:
 @pytest.mark.parametrize("persona", sorted(PERSONAS))
 def test_no_persona_question_stands_in_the_training_rows(persona: str) -> None:
     asked = {" ".join(words(question)) for question, _ in GARDENING}
-    for row in read_conversations(PERSONAS[persona].examples_path):
-        assert " ".join(words(row.messages[0].content)) not in asked
+    for question, _ in read_pairs(PERSONAS[persona].examples_path):
+        assert " ".join(words(question)) not in asked
+
+
+def test_every_persona_question_and_answer_is_used_once_across_personas_too() -> None:
+    examples = [pair for recipe in PERSONAS.values() for pair in read_pairs(recipe.examples_path)]
+    for texts in zip(*examples, strict=True):
+        counts = Counter(" ".join(words(text)) for text in texts)
+        assert [text for text, count in counts.items() if count > 1] == []
