@@ -157,6 +157,7 @@ PERSONAS: dict[str, PersonaRecipe] = {
     ),
     "contrarian": PersonaRecipe(
         name="contrarian",
+        description="takes the other side, harmlessly",
         examples_path=asset_path("personas", "contrarian.jsonl"),
     ),
 }
