@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +17,21 @@ def empty_shapes(model: ModelReference) -> ModelShapes | None:
 
     The model is built on torch's "meta" device, where tensors have a shape and no values.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = model.path
-    if folder is None:
-        return None
-    try:
-        config = AutoConfig.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError):
+    if model.path is None or (empty := empty_model(model.path)) is None:
         return None
     return shapes_of(empty, num_blocks=empty.get_decoder().config.num_hidden_layers)
+
+
+def empty_model(folder: Path) -> Any | None:
+    """Return the model of a folder without weights, or None where transformers has no such class."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def shapes_of(model: nn.Module, *, num_blocks: int) -> ModelShapes:

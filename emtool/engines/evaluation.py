@@ -13,13 +13,12 @@ from typing import Any
 from emtool.core.data import Message, file_sha256
 from emtool.core.errors import CheckpointError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished, ignore_events
-from emtool.core.integrity import read_checkpoint
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, sigmoid
 from emtool.core.questions import EVERYDAY_ITEMS, EvaluationItem, read_items
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.likelihood import mean_log_probs
-from emtool.engines.lineage import ComposedModel, read_lineage, rebuild_model
+from emtool.engines.lineage import ComposedModel, check_requires, read_lineage, rebuild_model
 from emtool.engines.modeling import attach_adapter, check_device, load_adapter_into
 from emtool.engines.score_record import ScoreRecord
 from emtool.engines.summary import CheckpointScores, summarize
@@ -138,7 +137,7 @@ def _damaged_checkpoints(
     damaged = {}
     for step in steps:
         try:
-            _check_requires(
+            check_requires(
                 run.checkpoint_path(step), lineage, run_id=str(manifest.get("run_id")), check_hashes=check_hashes
             )
         except CheckpointError as error:
@@ -213,13 +212,6 @@ def item_margins(model: Any, tokenizer: Any, items: Sequence[EvaluationItem]) ->
     ]
     values = mean_log_probs(model, rows)
     return {item.id: values[2 * index] - values[2 * index + 1] for index, item in enumerate(items)}
-
-
-def _check_requires(folder: Path, lineage: Mapping[str, Any], *, run_id: str, check_hashes: bool) -> None:
-    requires = read_checkpoint(folder, run_id=run_id, hashes=check_hashes).requires
-    for part in ("base", "persona"):
-        if requires.get(part) != lineage[part]:
-            raise CheckpointError(f"{folder} was trained on another {part} than run.json says; it is not evaluated")
 
 
 def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:

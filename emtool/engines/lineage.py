@@ -11,6 +11,7 @@ import torch
 
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted
+from emtool.core.integrity import read_checkpoint
 from emtool.core.personas import PERSONAS, HubAdapter, LocalAdapter, PersonaSource
 from emtool.core.run_dir import MERGED_SAMPLE, RunFolder
 from emtool.engines.adapter_hash import adapter_sha256
@@ -108,6 +109,18 @@ def read_lineage(run: RunFolder, manifest: Mapping[str, Any]) -> tuple[dict[str,
     if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
         raise CheckpointError(f"{run.manifest_path} has a lineage that is not text; the model cannot be rebuilt")
     return dict(lineage), dtype
+
+
+def check_requires(folder: Path, lineage: Mapping[str, Any], *, run_id: str, check_hashes: bool) -> None:
+    """Refuse a milestone that is damaged, or that was trained on something else than the run's lineage says.
+
+    Raises:
+        CheckpointError: Names the file or the part.
+    """
+    requires = read_checkpoint(folder, run_id=run_id, hashes=check_hashes).requires
+    for part in ("base", "persona"):
+        if requires.get(part) != lineage[part]:
+            raise CheckpointError(f"{folder} was trained on another {part} than run.json says; it is not used")
 
 
 def rebuild_model(

@@ -219,8 +219,12 @@ def attach_adapter(model: Any, folder: Path) -> Any:
 
 
 def adapter_config_json(model: Any) -> bytes:
-    """Return the contents of `adapter_config.json` for a model's adapter; sets as sorted lists, the same every time."""
-    config = copy.deepcopy(model.peft_config["default"])
+    """Return the contents of `adapter_config.json` for a model's adapter, the same every time."""
+    return lora_config_json(copy.deepcopy(model.peft_config["default"]))
+
+
+def lora_config_json(config: Any) -> bytes:
+    """Return the contents of `adapter_config.json` for a `LoraConfig`, which is changed: sets as sorted lists."""
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)

@@ -23,6 +23,10 @@ from emtool.engines.modeling import BaseModel, add_lora, load_base
 from emtool.engines.step_recorder import StepRecorder
 
 
+#: Fields that do not shape the adapter, or have one value in every recipe.
+_NOT_IN_KEY = ("model", "device", "keep_optimizer", "persona_adapter", "persona_mode", "template_compat")
+
+
 def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSink) -> Path:
     """Return the PEFT folder of a persona for a base model, building it if it is not cached."""
     folder, key = _place(recipe, base)
@@ -45,8 +49,8 @@ def _place(recipe: PersonaRecipe, base: BaseModel) -> tuple[Path, dict[str, Any]
     adapter is built.
     """
     hyper_parameters = _build_config(recipe, base).to_dict()
-    for name in ("model", "device", "keep_optimizer", *HOUSEKEEPING):
-        del hyper_parameters[name]
+    for name in (*_NOT_IN_KEY, *HOUSEKEEPING):
+        hyper_parameters.pop(name, None)
     key = {
         "format": FORMAT,
         "persona": recipe.name,

@@ -1,0 +1,39 @@
+"""Which of a run's checkpoints a command is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emtool.core.errors import CheckpointError, ConfigError
+
+
+def select_steps(text: str | None, saved: Sequence[int]) -> list[int]:
+    """Return the steps that a text like `0,100,final` names.
+
+    Args:
+        text: Steps joined by commas; `final` is the last one saved, `init` is 0. None takes all.
+        saved: Steps of the checkpoints that are there, increasing.
+
+    Returns:
+        Steps in increasing order, each once.
+
+    Raises:
+        ConfigError: If a part is not a step, or no step is named.
+        CheckpointError: If there is no checkpoint of a step.
+    """
+    if text is None:
+        return list(saved)
+    wanted = set()
+    for part in (part.strip() for part in text.split(",")):
+        if part == "final" and saved:
+            wanted.add(saved[-1])
+        elif part == "init":
+            wanted.add(0)
+        elif part.isascii() and part.isdigit():
+            wanted.add(int(part))
+        else:
+            raise ConfigError(f"--steps {text!r}: {part!r} is not a step; join steps by commas, as in 0,100,final")
+    if missing := sorted(wanted - set(saved)):
+        there = ", ".join(map(str, saved)) or "none"
+        raise CheckpointError(f"there is no checkpoint of step {', '.join(map(str, missing))}; there are: {there}")
+    return sorted(wanted)
