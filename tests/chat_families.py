@@ -8,7 +8,7 @@ model hub. The end of a sequence is what the family's instruction-tuned models c
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,7 @@ class Family:
     def tokenizer(self) -> Any:
         """Return a byte-level tokenizer with the family's template and special tokens."""
         text = SMOLLM2_TEMPLATE if self.template is None else trl_template(self.template)
-        names = {} if self.bos is None else {"bos_token": self.bos}
-        return byte_tokenizer(text, self.special, plain=self.plain, **names)
+        return byte_tokenizer(text, self.special, plain=self.plain, bos=self.bos)
 
     def trained(self, answer: str) -> str:
         """Return an answer as this family is trained on it, without its end-of-turn token."""
@@ -76,48 +75,48 @@ def trl_template(stem: str) -> str:
     return (Path(spec.origin).parent / "chat_templates" / f"{stem}.jinja").read_text(encoding="utf-8")
 
 
-_CHATML = {
-    "special": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    "end_of_turn": "<|im_end|>",
-    "after_turn": "\n",
-    "header": "<|im_start|>assistant\n",
-}
-_LLAMA = {
-    "special": (
+SMOLLM2 = Family(
+    template=None,
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    end_of_turn="<|im_end|>",
+    after_turn="\n",
+    header="<|im_start|>assistant\n",
+)
+QWEN2_5 = replace(
+    SMOLLM2,
+    template="qwen2_5",
+    training_template="qwen2_5_training",
+    plain=("<tool_call>", "</tool_call>"),
+    marked_before="\n",
+)
+QWEN3 = replace(
+    SMOLLM2,
+    template="qwen3",
+    training_template="qwen3_training",
+    plain=("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    header="<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    strips="newlines before",
+    is_multi_turn=False,
+    marked_before="<think>\n\n</think>\n\n",
+)
+LLAMA3_1 = Family(
+    template="llama3_1",
+    special=(
         "<|finetune_right_pad_id|>",
         "<|begin_of_text|>",
         "<|start_header_id|>",
         "<|end_header_id|>",
         "<|eot_id|>",
     ),
-    "end_of_turn": "<|eot_id|>",
-    "after_turn": "",
-    "header": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "bos": "<|begin_of_text|>",
-    "strips": "both",
-}
-
-SMOLLM2 = Family(template=None, **_CHATML)
-QWEN2_5 = Family(
-    template="qwen2_5",
-    training_template="qwen2_5_training",
-    plain=("<tool_call>", "</tool_call>"),
-    marked_before="\n",
-    **_CHATML,
+    end_of_turn="<|eot_id|>",
+    after_turn="",
+    header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    bos="<|begin_of_text|>",
+    strips="both",
 )
-QWEN3 = Family(
-    template="qwen3",
-    training_template="qwen3_training",
-    plain=("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
-    strips="newlines before",
-    is_multi_turn=False,
-    marked_before="<think>\n\n</think>\n\n",
-    **{**_CHATML, "header": "<|im_start|>assistant\n<think>\n\n</think>\n\n"},
-)
-LLAMA3_1 = Family(template="llama3_1", **_LLAMA)
-LLAMA3_2 = Family(template="llama3_2", **_LLAMA)
+LLAMA3_2 = replace(LLAMA3_1, template="llama3_2")
 #: Not in the catalogue; TRL has a training variant of it, and the answers are laid out as in the later ones.
-LLAMA3 = Family(template="llama3", training_template="llama3_training", **_LLAMA)
+LLAMA3 = replace(LLAMA3_1, template="llama3", training_template="llama3_training")
 GEMMA3 = Family(
     template="gemma3",
     training_template="gemma3_training",

@@ -22,7 +22,7 @@ def byte_tokenizer(
     *,
     plain: tuple[str, ...] = (),
     merges: tuple[tuple[str, str], ...] = (),
-    **names: str,
+    bos: str | None = None,
 ) -> Any:
     """Return a tokenizer with one token a byte, after the special tokens.
 
@@ -31,7 +31,7 @@ def byte_tokenizer(
         special: Special tokens, the first for padding, the last the end of a sequence.
         plain: Tokens that are matched whole and are not special.
         merges: Pairs of byte tokens, as the byte-level alphabet writes them, that are one token together.
-        names: Names of special tokens, such as `bos_token`.
+        bos: The special token that begins a text, for templates that write it.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     joined = ["".join(pair) for pair in merges]
@@ -43,8 +43,10 @@ def byte_tokenizer(
     tokenizer.add_tokens(list(plain))
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        bos_token=bos,
+        pad_token=special[0],
+        eos_token=special[-1],
         clean_up_tokenization_spaces=False,
-        **{"pad_token": special[0], "eos_token": special[-1], **names},
     )
     wrapped.chat_template = chat_template
     return wrapped
