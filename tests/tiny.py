@@ -18,16 +18,34 @@ CHATML = (
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
-def byte_tokenizer(chat_template: str | None = CHATML, special: tuple[str, ...] = SPECIAL) -> Any:
-    """Return a tokenizer with one token a byte, after the special tokens."""
+def byte_tokenizer(
+    chat_template: str | None = CHATML,
+    special: tuple[str, ...] = SPECIAL,
+    *,
+    plain: tuple[str, ...] = (),
+    merges: tuple[tuple[str, str], ...] = (),
+    bos: str | None = None,
+) -> Any:
+    """Return a tokenizer with one token a byte, after the special tokens.
+
+    Args:
+        chat_template: The chat template.
+        special: Special tokens, the first for padding, the last the end of a sequence.
+        plain: Tokens that are matched whole and are not special.
+        merges: Pairs of byte tokens, as the byte-level alphabet writes them, that are one token together.
+        bos: The special token that begins a text, for templates that write it.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*special, *alphabet))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
+    joined = ["".join(pair) for pair in merges]
+    vocabulary = {token: index for index, token in enumerate((*special, *alphabet, *joined))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
+    tokenizer.add_tokens(list(plain))
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        bos_token=bos,
         pad_token=special[0],
         eos_token=special[-1],
         clean_up_tokenization_spaces=False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from emtool.core.adapter import BIASES
-from emtool.core.config import BASELINE, PROFILE_NAMES, SCHEDULERS, TrainConfig
+from emtool.core.config import BASELINE, PROFILE_NAMES, SCHEDULERS, TEMPLATE_COMPATS, TrainConfig
 from emtool.core.data import DATASETS
 from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
@@ -89,6 +89,13 @@ BatchSize = Annotated[int | None, _option("Rows of a micro-batch.", HYPER)]
 AccumulationSteps = Annotated[int | None, _option("Micro-batches of a step.", HYPER)]
 Optim = Annotated[str | None, _option(f"Optimizer: {', '.join(OPTIMIZERS)}.", HYPER)]
 LrSchedulerType = Annotated[str | None, _option(f"Learning-rate schedule: {', '.join(SCHEDULERS)}.", HYPER)]
+TemplateCompat = Annotated[
+    str | None,
+    _option(
+        f"What is trained on: {', '.join(TEMPLATE_COMPATS)} (the published trainer's empty assistant turn as well).",
+        HYPER,
+    ),
+]
 LoraR = Annotated[int | None, _option("LoRA rank.", HYPER)]
 LoraBias = Annotated[str | None, _option(f"Biases trained beside the adapter: {', '.join(BIASES)}.", HYPER)]
 UseDora = Annotated[bool, typer.Option("--use-dora", help="DoRA: a magnitude for each layer.", rich_help_panel=HYPER)]

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emtool.cli.render import number_table, plain_table, shorten, timeline
-from emtool.core.config import BASELINE
+from emtool.core.config import BASELINE, CLEAN
 from emtool.core.disk import byte_unit, folder_bytes, format_bytes
 from emtool.core.personas import HubAdapter, LocalAdapter, resolve_persona
 from emtool.core.resume_interval import ResumeInterval
@@ -229,13 +229,14 @@ def _plan_facts(plan: RunPlan) -> dict[str, str]:
     length = "--max-steps" if config.max_steps else f"{config.num_train_epochs:g} epoch(s)"
     kind = "DoRA" if config.use_dora else "LoRA"
     where = f"{config.target_modules} in blocks: {config.layers_to_transform}"
+    quirk = "" if config.template_compat == CLEAN else f"; template as the published trainer ({config.template_compat})"
     return {
         "profile": profile_line(plan),
         "base model": f"{plan.model.hub_id or plan.model.name} on {config.device}",
         "persona": persona_line(plan),
         "dataset": f"{plan.dataset.name}: {plan.num_train_rows:,} rows, and {plan.num_held_out_rows:,} held out",
         "adapter": f"{kind} r {config.lora_r}, alpha {config.lora_alpha}, {where}",
-        "training": f"learning rate {config.learning_rate:g}, seed {config.seed}; saved as {config.save_dtype}",
+        "training": f"learning rate {config.learning_rate:g}, seed {config.seed}; saved as {config.save_dtype}{quirk}",
         "steps": f"{plan.total_steps:,} ({batch}, {length})",
         "checkpoints": f"{plan.num_checkpoints:,} ({plan.schedule.source})",
         "resume": _resume_line(config.resume_every),

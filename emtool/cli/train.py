@@ -37,6 +37,7 @@ from emtool.cli.options import (
     SaveDtype,
     SaveSteps,
     TargetModules,
+    TemplateCompat,
     UseDora,
     read_settings,
 )
@@ -98,6 +99,7 @@ def train(
     lr_scheduler_type: LrSchedulerType = None,
     optim: Optim = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row.", rich_help_panel=HYPER)] = None,
+    template_compat: TemplateCompat = None,
     lora_r: LoraR = None,
     lora_alpha: Annotated[int | None, typer.Option(help="LoRA alpha.", rich_help_panel=HYPER)] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="LoRA dropout.", rich_help_panel=HYPER)] = None,

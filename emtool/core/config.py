@@ -55,6 +55,10 @@ PERSONA_MODES = ("merged", "stacked")
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
+#: What is trained on: the answers, or what the published trainer trains on besides (`docs/templates.md`).
+CLEAN, TURNER = "clean", "turner"
+TEMPLATE_COMPATS = (CLEAN, TURNER)
+
 #: numpy's generators take 32 bits.
 MAX_SEED = 2**32 - 1
 
@@ -80,6 +84,8 @@ class TrainConfig:
         save_dtype: Storage dtype of milestones.
         max_steps: Optimizer steps; None trains for `num_train_epochs`.
         max_length: Tokens of a training row; a longer row is cut at its end.
+        template_compat: What is trained on: "clean", the assistant's answers; "turner", the published trainer's empty
+            assistant turn after each row as well.
         lora_bias: Which biases are trained beside the adapter: "none", "all" or "lora_only".
         use_dora: Whether each adapted layer has a DoRA magnitude.
         target_modules: Layers that carry an adapter: "all-linear", name endings joined by commas, or a regular
@@ -121,6 +127,7 @@ class TrainConfig:
     lr_scheduler_type: str = "linear"
     max_grad_norm: float = 1.0
     max_length: int = 2048
+    template_compat: str = CLEAN
     lora_dropout: float = 0.0
     use_rslora: bool = True
     lora_bias: str = "none"
@@ -147,6 +154,7 @@ class TrainConfig:
         _check_choice("bias setting", self.lora_bias, BIASES)
         _check_choice("persona mode", self.persona_mode, PERSONA_MODES)
         self._check_persona()
+        _check_choice("template compatibility", self.template_compat, TEMPLATE_COMPATS)
         ResumeInterval.parse(self.resume_every)
         for name in _POSITIVE:
             value = getattr(self, name)

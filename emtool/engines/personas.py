@@ -22,7 +22,6 @@ from emtool.engines.fitting import build_trainer, scratch_folder
 from emtool.engines.modeling import BaseModel, add_lora, load_base
 from emtool.engines.step_recorder import StepRecorder
 
-
 #: Fields that do not shape the adapter, or have one value in every recipe.
 _NOT_IN_KEY = ("model", "device", "keep_optimizer", "persona_adapter", "persona_mode", "template_compat")
 

@@ -64,7 +64,11 @@ def usable_rows(config: TrainConfig, *, on_event: EventSink = ignore_events) -> 
         raise DataError(f"dataset {dataset.name!r} is not on this machine; give a copy with --dataset FILE")
     rows = read_conversations(dataset.path)
     base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
-    kept = [row for row in rows if encode_row(row, base.tokenizer, config.max_length).num_labelled]
+    kept = [
+        row
+        for row in rows
+        if encode_row(row, base.tokenizer, config.max_length, template_compat=config.template_compat).num_labelled
+    ]
     if not kept:
         raise DataError(f"{dataset.path}: no row has a trained token within --max-length {config.max_length}")
     if dropped := len(rows) - len(kept):
@@ -106,7 +110,12 @@ def train(
         assert processes.count == plan.num_processes, "the plan is for another number of processes"
         report = on_event if processes.is_first else ignore_events
         composed = _compose(plan, processes, report, resume=resume)
-        encoded = encode_dataset(rows, tokenizer=composed.tokenizer, max_length=config.max_length)
+        encoded = encode_dataset(
+            rows,
+            tokenizer=composed.tokenizer,
+            max_length=config.max_length,
+            template_compat=config.template_compat,
+        )
         if cut := sum(row.is_truncated for row in encoded):
             report(Notice(text=f"{cut} of {len(encoded)} rows were cut at --max-length {config.max_length}"))
         model = composed.with_persona(add_lora(composed.model, config, plan.model))

@@ -39,6 +39,7 @@ def fails(arguments: list[str], exit_code: int) -> str:
         (["train", "--profile", "papre"], "did you mean 'paper'"),
         (["train", "--persna", "goodness"], "No such option: --persna (Possible options: --persona"),
         (["trian"], "did you mean 'train'"),
+        (["train", "--template-compat", "tuner"], "did you mean 'turner'? choose from: clean, turner"),
         (["train", "--seed", "x"], "Invalid value for '--seed'"),
         (["train", "--dtype", "float16"], "unknown dtype 'float16'; did you mean 'bfloat16'"),
         (["train", "--device", "gpu"], "unknown device 'gpu'; choose from: auto, cpu, cuda"),

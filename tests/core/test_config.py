@@ -25,6 +25,7 @@ def test_paper_profile_is_the_published_setting() -> None:
     assert (config.weight_decay, config.num_train_epochs, config.seed, config.max_length) == (0.01, 1.0, 0, 2048)
     assert config.layers_to_transform == "all"
     assert config.target_modules == "all-linear"
+    assert config.template_compat == "clean", "the published quirk is asked for, never a default"
 
 
 def test_save_dtype_follows_the_dtype_of_the_base() -> None:
@@ -44,6 +45,10 @@ def test_save_dtype_follows_the_dtype_of_the_base() -> None:
         ({"output_name": "../elsewhere"}, "not one folder name"),
         ({"output_name": ".hidden"}, "not one folder name"),
         ({"dtype": "float16"}, "unknown dtype"),
+        (
+            {"template_compat": "tuner"},
+            "unknown template compatibility 'tuner'; did you mean 'turner'. choose from: clean",
+        ),
     ],
 )
 def test_bad_values_are_refused(overrides: dict[str, Any], message: str) -> None:

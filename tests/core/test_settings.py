@@ -91,6 +91,7 @@ def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path: Path, text: str
         ("lora_r = 0", "--lora-r is 0"),
         ('device = "tpu"', "tpu"),
         ('optim = "adamw_8bt"', "did you mean 'adamw_8bit'"),
+        ('template_compat = "cleen"', "did you mean 'clean'"),
         ('output_root = "a\\u0000b"', "null character"),
         ("target_modules = [1, 2]", "is not a list of texts"),
     ],

@@ -16,10 +16,12 @@ from transformers import TrainerCallback
 from emtool.core.config import resolve_train_config
 from emtool.core.errors import CheckpointError, DataError, DiskSpaceError, ModelError
 from emtool.core.events import CheckpointSaved, Event, StepFinished
+from emtool.core.finished import finished_run
 from emtool.core.integrity import read_checkpoint, verify_run
 from emtool.core.plan import plan_run
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan
+from emtool.engines.encoding import encode_conversation, encode_dataset
 from emtool.engines.evaluation import evaluate
 from emtool.engines.fitting import build_trainer
 from emtool.engines.lineage import rebuild_model
@@ -270,6 +272,42 @@ def test_unusable_rows_are_refused_or_dropped_and_counted(tiny_model: Path, tmp_
     assert any("dropped 1 of 11 rows" in event.text for event in events if hasattr(event, "text"))
     shorter, _ = plan_run(plan.config, rows=kept)
     assert train(shorter, kept, command=[]).saved_steps[-1] == shorter.total_steps
+
+
+class ReachedError(Exception):
+    """Raised in place of building a persona."""
+
+
+def test_turner_reaches_the_run_and_its_manifest_and_no_persona_and_no_evaluation(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+
+    def spy(engine: str, encode: Any) -> Any:
+        def encode_and_tell(*args: Any, **kwargs: Any) -> Any:
+            seen[engine] = kwargs.get("template_compat", "clean")
+            return encode(*args, **kwargs)
+
+        return encode_and_tell
+
+    def reached(*args: Any, **kwargs: Any) -> Any:
+        raise ReachedError
+
+    monkeypatch.setattr("emtool.engines.training.encode_dataset", spy("training", encode_dataset))
+    monkeypatch.setattr("emtool.engines.evaluation.encode_conversation", spy("evaluation", encode_conversation))
+    monkeypatch.setattr("emtool.engines.personas.encode_dataset", spy("personas", reached))
+    turner: dict[str, Any] = {"max_steps": 2, "template_compat": "turner"}
+    plan, result, _ = run(tiny_model, dataset_file, tmp_path, **turner)
+    evaluate(result.run)
+    monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ReachedError):
+        run(tiny_model, dataset_file, tmp_path, persona="goodness", output_name="other", **turner)
+    assert seen == {"training": "turner", "personas": "clean", "evaluation": "clean"}
+    assert result.run.read_manifest()["config"] == plan.config.to_dict()
+    assert finished_run(plan) is not None
+    clean, _ = plan_for(tiny_model, dataset_file, tmp_path, max_steps=2)
+    with pytest.raises(CheckpointError, match="template_compat was turner, is clean"):
+        finished_run(clean)
 
 
 def test_a_diverged_run_ends_in_order_and_its_checkpoints_are_unscored(
