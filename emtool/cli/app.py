@@ -137,6 +137,8 @@ COMMANDS: dict[str, str] = {
     "verify": "emtool.cli.verify:verify",
     "runs": "emtool.cli.runs:runs",
     "schedule": "emtool.cli.schedule:schedule",
+    "persona": "emtool.cli.persona:commands",
+    "export": "emtool.cli.export:export",
     "disk-estimate": "emtool.cli.disk_estimate:disk_estimate",
 }
 

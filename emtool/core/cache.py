@@ -39,6 +39,17 @@ def hub_snapshot_path(hub_id: str, revision: str | None = None) -> Path | None:
     Args:
         hub_id: The repository.
         revision: A commit hash; None takes the commit that was last seen as `main`.
+    """
+    folder = hub_snapshot(hub_id, revision)
+    return folder if folder is not None and _is_complete(folder) else None
+
+
+def hub_snapshot(hub_id: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a repository in the hub's local cache, whatever of it is there, or None.
+
+    Args:
+        hub_id: The repository.
+        revision: A commit hash; None takes the commit that was last seen as `main`.
 
     Source: the cache layout documented by huggingface_hub: `models--ORG--NAME/refs/main` names the commit whose files
     are in `snapshots/COMMIT`.
@@ -52,7 +63,7 @@ def hub_snapshot_path(hub_id: str, revision: str | None = None) -> Path | None:
         except (OSError, UnicodeDecodeError):
             return None
     folder = repository / "snapshots" / revision
-    return folder if _is_complete(folder) else None
+    return folder if folder.is_dir() else None
 
 
 def _is_complete(folder: Path) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.integrity import ADAPTER_WEIGHTS
-from emtool.engines.persona_files import check_plain_lora
+from emtool.engines.plain_lora import check_plain_lora
 
 # Shape suffixes: R rank, I inputs of a layer, O outputs of a layer.
 

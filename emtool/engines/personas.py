@@ -13,7 +13,7 @@ from emtool.core.cache import cache_path, publish_cached
 from emtool.core.config import HOUSEKEEPING, TrainConfig, resolve_train_config
 from emtool.core.data import file_sha256, read_conversations
 from emtool.core.events import EventSink, Notice, PhaseStarted
-from emtool.core.models import slugify
+from emtool.core.persona_list import BUILD_RECORD, built_folder_name
 from emtool.core.personas import PersonaRecipe
 from emtool.core.plan import num_optimizer_steps
 from emtool.core.run_dir import FORMAT, write_json
@@ -58,7 +58,7 @@ def _place(recipe: PersonaRecipe, base: BaseModel) -> tuple[Path, dict[str, Any]
         "hyper_parameters": hyper_parameters,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_path("personas", f"{slugify(base.reference.slug)}-{recipe.name}-{digest[:12]}"), key
+    return cache_path("personas", built_folder_name(recipe, base.reference, digest[:12])), key
 
 
 def _build(recipe: PersonaRecipe, base: BaseModel, on_event: EventSink) -> Any:
@@ -95,7 +95,7 @@ def _publish(adapted: Any, folder: Path, key: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         staged = Path(scratch) / "adapter"
         adapted.save_pretrained(str(staged), save_embedding_layers=False)
-        write_json(staged / "emtool_persona.json", key)
+        write_json(staged / BUILD_RECORD, key)
         publish_cached(staged, folder)
 
 
