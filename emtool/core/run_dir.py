@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
-from emtool.core.staging import retire_folder
+from emtool.core.staging import RECORD_NAME, retire_folder
 
 FORMAT = 1
 
@@ -88,6 +88,11 @@ class RunFolder:
         try:
             manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
+            if (self.path / RECORD_NAME).is_file():
+                raise CheckpointError(
+                    f"{self.path} is one checkpoint of a run; what it is a model with, base and persona, stands in the "
+                    f"run's run.json: give the run folder, for instance {self.path.absolute().parent}"
+                ) from error
             raise CheckpointError(
                 f"{self.path} is not a run folder (no run.json); give the folder that 'emtool train' wrote"
             ) from error
