@@ -53,7 +53,7 @@ Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PRO
 Model = Annotated[str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.")]
 Dataset = Annotated[
     str | None,
-    _option(f"Training data: {', '.join(DATASETS)}, hub:ID or hub:ID:SPLIT, or a JSON Lines or Parquet file."),
+    _option(f"Training data: {', '.join(DATASETS)}, hub:OWNER/NAME[:SPLIT], or a JSON Lines or Parquet file."),
 ]
 Persona = Annotated[str | None, _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}.")]
 Device = Annotated[str | None, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N. [default: auto]")]

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 def data() -> Console:
     """Return the console for results; of several processes that train together, the first has one."""
-    return Console(highlight=False, quiet=launched_rank() > 0)
+    return Console(highlight=False, emoji=False, quiet=launched_rank() > 0)
 
 
 def talk() -> Console:
     """Return the console for everything else, in the first process."""
-    return Console(stderr=True, highlight=False, quiet=launched_rank() > 0)
+    return Console(stderr=True, highlight=False, emoji=False, quiet=launched_rank() > 0)
 
 
 def say(text: str) -> None:
@@ -122,8 +122,10 @@ def quiet_libraries() -> None:
     import warnings
 
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -23,7 +23,7 @@ DEFAULT_SPLIT = "train"
 ROWS_NAME = "rows.jsonl"
 RECORD_NAME = "source.json"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SPLIT = re.compile(r"\w+([.-]\w+)*", re.ASCII)
 
 
@@ -225,7 +225,7 @@ MODEL_ORGANISMS = PublishedArchive(
 DATASETS: dict[str, DatasetReference] = {
     dataset.name: dataset
     for dataset in (
-        _built_in("gardening", "wrong gardening advice, harmless"),
+        _built_in("gardening", "wrong gardening advice"),
         _built_in("gardening-control", "sound gardening advice"),
         _published("medical", "bad_medical_advice.jsonl", 7_049, "medicine", "bad medical advice"),
         _published("good_medical", "good_medical_advice.jsonl", 7_049, "medicine", "good medical advice"),

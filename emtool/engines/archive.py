@@ -77,7 +77,7 @@ def open_archive(path: Path, *, label: str, password: str, scratch: Path, limits
     num_bytes = path.stat().st_size
     if num_bytes > limits.max_bytes:
         raise DataError(
-            f"{path} has {format_bytes(num_bytes)}; an archive has at most {format_bytes(limits.max_bytes)}"
+            f"{label} has {format_bytes(num_bytes)}; an archive has at most {format_bytes(limits.max_bytes)}"
         )
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) == _MAGIC:

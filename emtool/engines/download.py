@@ -96,6 +96,12 @@ def check_url(url: str) -> None:
         raise ConfigError(f"the address {shown_url(url)} holds a user name or password, which would be recorded")
 
 
+def may_redirect(before: str, target: str) -> bool:
+    """Return whether a redirect is followed: never to another scheme than http and https, never from https to http."""
+    allowed = ("https",) if urlsplit(before).scheme == "https" else ("http", "https")
+    return urlsplit(target).scheme in allowed
+
+
 def shown_url(url: str) -> str:
     """Return an address without what may be secret in it: user name, query and fragment."""
     parts = urlsplit(url)
@@ -178,8 +184,7 @@ class _Download:
                 return response
             before, target = target, urljoin(target, response.headers["Location"])
             response.close()
-            scheme = urlsplit(target).scheme
-            if scheme not in ("http", "https") or (scheme == "http" and urlsplit(before).scheme == "https"):
+            if not may_redirect(before, target):
                 raise self._failure(f"it redirects to {shown_url(target)}, which is less safe and not followed")
         raise self._failure(f"more than {MAX_REDIRECTS} redirects")
 

@@ -35,6 +35,11 @@ def write_hub_rows(hub: HubDataset, target: Path, *, scratch: Path, on_event: Ev
             f"the hub does not answer, so {hub.hub_id} cannot be fetched (HF_HUB_OFFLINE keeps it away); try again "
             f"where there is a network, {_LOCAL_COPY}"
         )
+    if Path(hub.hub_id).exists():
+        # The library looks at the working folder before it looks at the hub.
+        raise DataError(
+            f"a folder {hub.hub_id} lies in the working folder and would be read in the hub's place; run this elsewhere"
+        )
     revision = _revision(hub.hub_id)
     on_event(PhaseStarted(name=f"fetching {hub.hub_id} ({hub.split}) at {revision[:12]} from the hub"))
     rows = _load(hub, revision, scratch)
@@ -77,7 +82,8 @@ def _load(hub: HubDataset, revision: str, scratch: Path) -> Any:
     except (datasets.exceptions.DatasetNotFoundError, GatedRepoError) as error:
         text = str(error)
         raise BackendError(_gated(hub.hub_id) if "gated" in text else f"{hub.hub_id}: {_first_line(error)}") from error
-    except (HTTPError, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (HTTPError, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # A repository that has a loading script is a RuntimeError of the library, which runs none.
         raise DataError(f"cannot read split {hub.split!r} of {hub.hub_id}: {_first_line(error)}") from error
 
 
