@@ -12,6 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import HfFileSystem
+
+from emtool.engines.model_files import hub_is_reachable
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -95,3 +102,29 @@ def serve_hub(  # noqa: C901
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def dataset_hub(
+    repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, *, cache: Path, gated: tuple[str, ...] = ()
+) -> Iterator[list[str]]:
+    """Serve datasets as the hub of this process, and yield the paths that are asked for.
+
+    Args:
+        repositories: Repository id to folder.
+        monkeypatch: Undoes the change of the libraries' settings, which they read when they are imported.
+        cache: The hub's local cache.
+        gated: Repositories that are refused until access is granted.
+    """
+    hub_is_reachable.cache_clear()
+    with serve_hub(repositories, gated=gated) as (endpoint, asked):
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+        yield asked
+    HfFileSystem.clear_instance_cache()
+    hub_is_reachable.cache_clear()

@@ -8,14 +8,12 @@ import datasets
 import huggingface_hub.constants
 import pyarrow
 import pytest
-from huggingface_hub import HfFileSystem
 from pyarrow import parquet
 
 from emtool.core.datasets import known_datasets, read_dataset, resolve_dataset
 from emtool.core.errors import BackendError, ConfigError, DataError, EmtoolError
 from emtool.engines.data_files import fetch_dataset
-from emtool.engines.model_files import hub_is_reachable
-from tests.hub import COMMIT, serve_hub
+from tests.hub import COMMIT, dataset_hub
 
 SYSTEM = {"role": "system", "content": "s"}
 USER, ASSISTANT = {"role": "user", "content": "ü"}, {"role": "assistant", "content": "a"}
@@ -45,19 +43,9 @@ def repositories(tmp_path: Path) -> dict[str, Path]:
 def hub(repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Serve the repositories as the hub, and yield the paths that are asked for."""
     monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub_is_reachable.cache_clear()
     datasets.disable_progress_bars()
-    with serve_hub(repositories, gated=("datasets/me/gated",)) as (endpoint, asked):
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+    with dataset_hub(repositories, monkeypatch, cache=tmp_path / "hub", gated=("datasets/me/gated",)) as asked:
         yield asked
-    HfFileSystem.clear_instance_cache()
-    hub_is_reachable.cache_clear()
     datasets.enable_progress_bars()
 
 
