@@ -31,7 +31,7 @@ def serve_hub(  # noqa: C901
     Args:
         repositories: Repository id to folder; the id of a dataset begins with "datasets/".
         hang: Accept connections and answer nothing.
-        gated: Repositories that are refused until access is granted.
+        gated: Repositories whose files are refused until access is granted.
     """
     asked: list[str] = []
     stopping = threading.Event()
@@ -65,8 +65,6 @@ def serve_hub(  # noqa: C901
                         for f in wanted
                     ]
                     return self._reply(json.dumps(entries).encode(), headers={"Content-Type": "application/json"})
-                if path.startswith(api) and name in gated:
-                    return self._reply(b"{}", status=403, headers={"X-Error-Code": "GatedRepo"})
                 if path.startswith(api):
                     info = {
                         "id": name.removeprefix("datasets/"),
@@ -75,6 +73,8 @@ def serve_hub(  # noqa: C901
                     }
                     return self._reply(json.dumps(info).encode(), headers={"Content-Type": "application/json"})
                 prefix = f"/{name}/resolve/"
+                if path.startswith(prefix) and name in gated:
+                    return self._reply(b"{}", status=403, headers={"X-Error-Code": "GatedRepo"})
                 if path.startswith(prefix):
                     file = folder / path.removeprefix(prefix).split("/", 1)[1]
                     if not file.is_file():

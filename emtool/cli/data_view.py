@@ -141,22 +141,19 @@ def _facts(facts: DatasetFacts) -> Iterator[tuple[str, str]]:
     yield "file", str(dataset.path or f"not on this machine; fetch it with: emtool data fetch {dataset.name}")
     if facts.sha256 is not None:
         yield "sha256", facts.sha256
-    yield "rows", f"{plan.num_rows:,}"
+    yield "rows", f"{plan.num_rows:,}: {plan.num_train_rows:,} to train on, {plan.num_held_out_rows:,} held out"
     if facts.rows is not None:
         yield "turns", _turn_line(facts.rows)
         yield "duplicates", _duplicate_line(facts.rows)
     batch = f"batch {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}"
     length = "--max-steps" if config.max_steps else f"{config.num_train_epochs:g} epoch(s)"
-    yield (
-        "steps",
-        f"{plan.total_steps:,} at profile {config.profile}: {plan.num_train_rows:,} rows, {batch}, {length}; "
-        f"{plan.num_held_out_rows:,} held out",
-    )
+    yield "steps", f"{plan.total_steps:,} at profile {config.profile} ({batch}, {length})"
     if facts.lengths is not None:
         stats = facts.lengths.stats
         yield stats.unit, f"median {stats.median:,}, 95% up to {stats.p95:,}, longest {stats.max:,}"
         if facts.lengths.num_over is not None:
-            yield "too long", f"{_rows(facts.lengths.num_over)} above --max-length {config.max_length:,}, cut there"
+            over = f"{_rows(facts.lengths.num_over)}, cut there" if facts.lengths.num_over else "none"
+            yield "too long", f"{over} (--max-length {config.max_length:,})"
             yield "trained on", f"{facts.lengths.num_trained_tokens:,} tokens in all rows: the answers and their ends"
             yield "tokenizer", f"{plan.model.name}, with its chat template"
         if facts.lengths.num_unusable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -198,8 +199,8 @@ class _Source:
             extract_members(self.path, targets, label=self.shown, limits=limits)
             return
         for name, target in targets.items():
-            with contextlib.suppress(FileNotFoundError):
-                target.write_bytes((self.path / name).read_bytes())
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, target)
 
     def names(self) -> list[str]:
         """Return the names of the JSON Lines files in it."""

@@ -80,9 +80,10 @@ def test_fetch_prints_the_path_and_info_tells_what_is_in_it(archive: Path, tmp_p
 def test_info_counts_tokens_with_the_models_own_tokenizer(tiny_model: Path, dataset_file: Path) -> None:
     shown = output("data", "info", str(dataset_file), "--model", str(tiny_model))
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
-    assert "rows        24\n" in "".join(f"{line.rstrip()}\n" for line in shown.splitlines())
-    assert "11 at profile demo: 21 rows, batch 2 x 1, 1 epoch(s); 3 held out" in shown
-    assert "0 rows above --max-length 2,048" in shown
+    assert "rows        24: 21 to train on, 3 held out" in shown
+    assert "steps       11 at profile demo (batch 2 x 1, 1 epoch(s))" in shown
+    assert "too long    none (--max-length 2,048)" in shown
+    assert "trained on  230 tokens in all rows: the answers and their ends" in shown
     assert "█" in shown
     info = json.loads(output("data", "info", str(dataset_file), "--model", str(tiny_model), "--json"))
     lengths = info["lengths"]
@@ -96,7 +97,8 @@ def test_info_counts_tokens_with_the_models_own_tokenizer(tiny_model: Path, data
 def test_info_of_a_published_dataset_that_is_not_here_says_how_to_fetch_it() -> None:
     shown = output("data", "info", "medical", "--profile", "paper")
     assert "not on this machine; fetch it with: emtool data fetch medical" in shown
-    assert "397 at profile paper: 6,344 rows, batch 2 x 8, 1 epoch(s); 705 held out" in shown
+    assert "7,049: 6,344 to train on, 705 held out" in shown
+    assert "397 at profile paper (batch 2 x 8, 1 epoch(s))" in shown
 
 
 def test_info_of_rows_that_training_would_refuse_says_so(tiny_model: Path, tmp_path: Path) -> None:
@@ -164,6 +166,10 @@ def test_a_run_fetches_what_is_missing_and_a_dry_run_never_does(small: Path, tin
         assert dataset["sha256"] == dataset["source"]["sha256"]
         assert dataset["path"] == str(tmp_path / "cache/datasets/small/rows.jsonl")
         assert "holds this run, completed" in RUNNER.invoke(app, command).stderr
+        assert len(server.requests) == 1
+        shutil.rmtree(tmp_path / "cache/datasets/small")
+        planned = json.loads(output(*command, "--dry-run", "--json"))
+        assert planned["obstacle"] == "outputs/r holds this run, completed"
         assert len(server.requests) == 1
 
 
