@@ -46,6 +46,8 @@ def test_only_the_command_line_knows_typer_and_rich(layer: str) -> None:
         ["train", "--dry-run", "--profile", "paper"],
         ["schedule", "preview", "--total-steps", "397"],
         ["disk-estimate"],
+        ["data", "list"],
+        ["data", "info", "medical", "--profile", "paper"],
     ],
 )
 def test_planning_loads_no_part_of_the_torch_stack(arguments: list[str]) -> None:

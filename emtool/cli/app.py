@@ -136,6 +136,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "emtool.cli.evaluate:evaluate",
     "verify": "emtool.cli.verify:verify",
     "runs": "emtool.cli.runs:runs",
+    "data": "emtool.cli.data:commands",
     "schedule": "emtool.cli.schedule:schedule",
     "persona": "emtool.cli.persona:commands",
     "export": "emtool.cli.export:export",

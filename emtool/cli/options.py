@@ -10,7 +10,7 @@ import typer
 
 from emtool.core.adapter import BIASES
 from emtool.core.config import BASELINE, PROFILE_NAMES, SCHEDULERS, TEMPLATE_COMPATS, TrainConfig
-from emtool.core.data import DATASETS
+from emtool.core.datasets import DATASETS
 from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.hardware import cuda_device_count, parse_device
@@ -51,7 +51,10 @@ def _option(text: str, panel: str | None = None) -> typer.models.OptionInfo:
 
 Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. [default: auto]")]
 Model = Annotated[str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.")]
-Dataset = Annotated[str | None, _option(f"Training data: {', '.join(DATASETS)}, or a JSON Lines file.")]
+Dataset = Annotated[
+    str | None,
+    _option(f"Training data: {', '.join(DATASETS)}, hub:OWNER/NAME[:SPLIT], or a JSON Lines or Parquet file."),
+]
 Persona = Annotated[
     str | None, _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}, or a published one.")
 ]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from emtool.core.architecture import ModelShapes
+from emtool.core.disk import format_bytes
 from emtool.core.events import CheckpointSaved, Event, Notice, PhaseStarted, StepFinished
 from emtool.core.hardware import launched_rank
 from emtool.core.models import ModelReference
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 def data() -> Console:
     """Return the console for results; of several processes that train together, the first has one."""
-    return Console(highlight=False, quiet=launched_rank() > 0)
+    return Console(highlight=False, emoji=False, quiet=launched_rank() > 0)
 
 
 def talk() -> Console:
     """Return the console for everything else, in the first process."""
-    return Console(stderr=True, highlight=False, quiet=launched_rank() > 0)
+    return Console(stderr=True, highlight=False, emoji=False, quiet=launched_rank() > 0)
 
 
 def say(text: str) -> None:
@@ -56,13 +57,13 @@ def progress(*, planned_steps: tuple[int, ...] = ()) -> Iterator[Callable[[Event
     Args:
         planned_steps: Steps that will be saved, so that the next one can be named.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = talk()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[done]}"),
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(compact=True),
         console=console,
@@ -77,22 +78,36 @@ class _Drawer:
         self._console = console
         self._bar = bar
         self._planned = planned_steps
-        self._task = bar.add_task("", visible=False, detail="")
+        self._task = bar.add_task("", visible=False, done="", detail="")
+        self._unit, self._total = "steps", 0
 
     def __call__(self, event: Event) -> None:
         match event:
-            case PhaseStarted(name=name, total=total):
+            case PhaseStarted(name=name, total=total, unit=unit):
                 self._console.print(f"[dim]{escape(one_line(name))}[/]", soft_wrap=True)
                 label = name.split(" ", 1)[0]
-                self._bar.reset(self._task, total=total, visible=total is not None, description=label, detail="")
+                self._unit, self._total = unit, total or 0
+                self._bar.reset(
+                    self._task,
+                    total=total,
+                    visible=total is not None,
+                    description=label,
+                    done=self._done(0),
+                    detail="",
+                )
             case StepFinished(step=step, loss=loss):
-                self._bar.update(self._task, completed=step, detail=self._detail(step, loss))
+                self._bar.update(self._task, completed=step, done=self._done(step), detail=self._detail(step, loss))
             case CheckpointSaved(path=path, seconds=seconds):
                 self._console.print(f"  saved {escape(path.name)}, training waited {seconds:.2f} s", soft_wrap=True)
             case Notice(text=text, is_warning=is_warning):
                 style = "yellow" if is_warning else "dim"
                 prefix = "warning: " if is_warning else ""
                 self._console.print(f"[{style}]{prefix}{escape(one_line(text))}[/]", soft_wrap=True)
+
+    def _done(self, step: int) -> str:
+        if self._unit == "bytes":
+            return f"{format_bytes(step)} of {format_bytes(self._total)}"
+        return f"{step}/{self._total}"
 
     def _detail(self, step: int, loss: float | None) -> str:
         if loss is None:
@@ -107,8 +122,10 @@ def quiet_libraries() -> None:
     import warnings
 
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

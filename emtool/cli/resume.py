@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from emtool.cli.fetching import fetch_before_run
 from emtool.cli.output import say
 from emtool.cli.train import make_plan, start
 from emtool.core.config import TrainConfig, check_can_start
@@ -34,7 +35,7 @@ def resume(
     config = _recorded_config(run, manifest)
     num_cuda_devices = cuda_device_count()
     check_can_start(config, num_cuda_devices=num_cuda_devices)
-    plan, rows = make_plan(config)
+    plan, rows = make_plan(config, fetch=fetch_before_run(config, num_cuda_devices=num_cuda_devices))
     say(f"going on with {run.path}: {plan.total_steps:,} steps, checkpoints {plan.schedule.source}")
     start(plan, rows, device=config.device, resume=True, check_disk=not allow_low_disk)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emtool.cli.fetching import fetch_before_run
 from emtool.cli.options import (
     HYPER,
     SCHEDULE,
@@ -45,10 +46,11 @@ from emtool.cli.output import data, print_json, progress, quiet_libraries, say, 
 from emtool.cli.plan_view import ConfigTable, plan_view, saved_table
 from emtool.core.config import TrainConfig, cannot_start, check_can_start
 from emtool.core.data import Conversation
-from emtool.core.errors import ConfigError, DataError
+from emtool.core.datasets import resolve_dataset
+from emtool.core.errors import ConfigError
 from emtool.core.finished import cannot_write, finished_run
 from emtool.core.hardware import launched_rank, select_device
-from emtool.core.plan import plan_run
+from emtool.core.plan import DatasetFetch, plan_run
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import tidy_completed
 from emtool.core.run_plan import RunPlan
@@ -117,7 +119,8 @@ def train(
     if show_config:
         _show_config(settings, as_json=as_json)
         return
-    plan, rows = make_plan(config)
+    fetch = None if dry_run else fetch_before_run(config, num_cuda_devices=num_cuda_devices)
+    plan, rows = make_plan(config, fetch=fetch)
     if dry_run:
         obstacle = cannot_start(config, num_cuda_devices=num_cuda_devices) or cannot_write(plan)
         if as_json:
@@ -139,9 +142,20 @@ def _show_config(settings: Settings, *, as_json: bool) -> None:
         data().print(ConfigTable(settings))
 
 
-def make_plan(config: TrainConfig) -> tuple[RunPlan, Sequence[Conversation]]:
-    """Return the plan of a configuration and its rows."""
-    return plan_run(config, rows=_usable_rows(config) if config.drop_unusable else None, fallback=shapes_by_library)
+def make_plan(config: TrainConfig, *, fetch: DatasetFetch | None = None) -> tuple[RunPlan, Sequence[Conversation]]:
+    """Return the plan of a configuration and its rows.
+
+    Args:
+        config: The configuration.
+        fetch: Asked for a dataset that is not on this machine; None plans without it where that is possible.
+    """
+    rows = None
+    if config.drop_unusable:
+        dataset = resolve_dataset(config.dataset)
+        if dataset.path is None and fetch is not None:
+            fetch(dataset)
+        rows = _usable_rows(config)
+    return plan_run(config, rows=rows, fallback=shapes_by_library, fetch=fetch)
 
 
 def _usable_rows(config: TrainConfig) -> Sequence[Conversation]:
@@ -169,11 +183,7 @@ def start(
         tidy_completed(finished)
         say(f"{finished.path} holds this run, completed; evaluate it with: emtool evaluate {finished.path}")
         return
-    if not rows:
-        raise DataError(
-            f"dataset {plan.dataset.name!r} is not on this machine and this version does not fetch it; "
-            "give a copy as JSON Lines with --dataset FILE"
-        )
+    assert rows, "a run that may start has its dataset"
     if check_disk and not RunFolder(path=plan.output_path).path.exists():
         plan.check_fits()
     select_device(device)

@@ -1,20 +1,36 @@
-"""Training datasets: what exists, and how a file of conversations is read.
+"""Training rows: the formats that are read, and the conversation that each row becomes.
 
-A dataset is a JSON Lines file with one conversation a row: `{"messages": [{"role": ..., "content": ...}, ...]}`.
-To add a built-in one, put the file into `emtool/assets/datasets` and an entry into `DATASETS`.
+A row is a chat: `{"messages": [{"role": ..., "content": ...}, ...]}`, or a question with its answer:
+`{"prompt": ..., "completion": ...}`, both texts or both lists of messages. Which datasets exist is in
+`emtool.core.datasets`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from emtool.core.errors import ConfigError, DataError, unknown_name
-from emtool.core.models import slugify
+from emtool.core.errors import DataError
+from emtool.core.row_files import PARQUET_SUFFIX, read_json_lines, read_parquet
 
 ROLES = ("system", "user", "assistant")
+#: Roles of messages that are not words between people.
+TOOL_ROLES = ("tool", "function", "ipython")
+ACCEPTED = (
+    "accepted are 'messages' (a list of turns with 'role' and 'content'), or 'prompt' with 'completion' (two texts or "
+    "two lists of turns)"
+)
+#: Columns that tell other formats, and what each format is called.
+OTHER_FORMATS: Mapping[tuple[str, ...], str] = {
+    ("chosen", "rejected"): "a preference pair",
+    ("conversations",): "the ShareGPT format",
+    ("instruction", "output"): "the instruction format",
+    ("instruction", "response"): "the instruction format",
+    ("text",): "plain text",
+}
+#: Columns that are looked at; a row may have others.
+COLUMNS = frozenset({"messages", "prompt", "completion", "tools", *(name for names in OTHER_FORMATS for name in names)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,80 +58,9 @@ class Conversation:
     location: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetReference:
-    """A dataset as the user named it.
-
-    Attributes:
-        name: Catalogue name or the file's path, as it goes into the manifest.
-        slug: The short form used in run names.
-        num_rows: Rows, where that is known without reading.
-        domain: The everyday domain that it trains, as evaluation items name it; None if none is known.
-        path: The file; None for a published dataset that is not on this machine.
-    """
-
-    name: str
-    slug: str
-    num_rows: int | None
-    domain: str | None
-    path: Path | None
-
-
 def asset_path(*parts: str) -> Path:
     """Return the path of a file in the package data."""
     return Path(__file__).resolve().parents[1].joinpath("assets", *parts)
-
-
-def resolve_dataset(name: str) -> DatasetReference:
-    """Return the dataset that a name stands for: a catalogue name or the path of a JSON Lines file.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
-    if name in DATASETS:
-        return DATASETS[name]
-    path = Path(name)
-    if path.is_file():
-        resolved = path.resolve()
-        return DatasetReference(name=str(resolved), slug=slugify(path.stem), num_rows=None, domain=None, path=resolved)
-    if path.suffix == ".jsonl" or "/" in name:
-        raise ConfigError(f"no dataset file {name!r}; give a JSON Lines file or one of: {', '.join(sorted(DATASETS))}")
-    raise unknown_name("dataset", name, DATASETS, "or the path of a JSON Lines file")
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """Return the rows of a dataset file, in its order. Blank lines are passed over.
-
-    Raises:
-        DataError: If the file cannot be read, holds no row, or a row is malformed; names the file and the line.
-    """
-    rows = [_conversation(record, location) for record, location in read_json_lines(path)]
-    if not rows:
-        raise DataError(f"{path} holds no rows")
-    return rows
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[dict[str, object], str]]:
-    """Yield each JSON object of a file with its location, "file:line".
-
-    Raises:
-        DataError: If the file cannot be read or a line is not a JSON object.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                location = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{location}: not a line of JSON in UTF-8: {error}") from error
-                if not isinstance(record, dict):
-                    raise DataError(f"{location}: a JSON object is needed, found {type(record).__name__}")
-                yield record, location
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -126,12 +71,87 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _conversation(record: dict[str, object], location: str) -> Conversation:
-    raw = record.get("messages")
+def read_conversations(path: Path, *, label: str | None = None) -> list[Conversation]:
+    """Return the rows of a dataset file, in its order: Parquet by its suffix, else JSON Lines.
+
+    Args:
+        path: The file.
+        label: What a JSON Lines file is called in messages, where that is not its path.
+
+    Raises:
+        DataError: If the file cannot be read, holds no row, or a row is malformed; names the file and the row.
+    """
+    if path.suffix == PARQUET_SUFFIX:
+        records = read_parquet(path, columns=COLUMNS)
+    else:
+        records = read_json_lines(path, label=label)
+    rows = [conversation_of(record, location) for record, location in records]
+    if not rows:
+        raise DataError(f"{label or path} holds no rows")
+    return rows
+
+
+def conversation_of(record: Mapping[str, object], location: str) -> Conversation:
+    """Return the conversation that a row stands for.
+
+    A column without a value counts as absent: tables give every row the columns of all.
+
+    Raises:
+        DataError: If the row is malformed or of a format that is not read; names the location.
+    """
+    if record.get("tools"):
+        raise DataError(f"{location}: the row offers tools ('tools'), which emtool does not train on")
+    has_messages = record.get("messages") is not None
+    has_pair = record.get("prompt") is not None and record.get("completion") is not None
+    if has_messages and has_pair:
+        raise DataError(f"{location}: the row has 'messages' as well as 'prompt' and 'completion'; keep one of the two")
+    if has_messages:
+        messages = _messages(record["messages"], location, "messages")
+    elif has_pair:
+        messages = _pair(record["prompt"], record["completion"], location)
+    else:
+        raise DataError(f"{location}: {_what_it_is(record)}; {ACCEPTED}")
+    _check_turns(messages, location)
+    return Conversation(messages=messages, location=location)
+
+
+def _what_it_is(record: Mapping[str, object]) -> str:
+    for names, description in OTHER_FORMATS.items():
+        if all(name in record for name in names):
+            return f"the row is {description} ({', '.join(map(repr, names))}), which is not read"
+    keys = ", ".join(sorted(map(str, record))[:5])[:100]
+    return f"no format that is read; the row has the keys: {keys}"
+
+
+def _pair(prompt: object, completion: object, location: str) -> tuple[Message, ...]:
+    """Return the turns of a prompt with its completion."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        question = {"role": "user", "content": prompt}
+        answer = {"role": "assistant", "content": completion}
+        return (_message(question, f"{location}: 'prompt'"), _message(answer, f"{location}: 'completion'"))
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise DataError(
+            f"{location}: 'prompt' and 'completion' must be two texts or two lists of turns, found "
+            f"{type(prompt).__name__} and {type(completion).__name__}"
+        )
+    before = _messages(prompt, location, "prompt")
+    if any(message.role == "assistant" for message in before):
+        # The format trains the completion alone; here every assistant turn is trained.
+        raise DataError(
+            f"{location}: 'prompt' has an assistant turn, which would be trained on too; write the row as 'messages' "
+            "if that is meant"
+        )
+    return before + _messages(completion, location, "completion")
+
+
+def _messages(raw: object, location: str, name: str) -> tuple[Message, ...]:
     if not isinstance(raw, list) or not raw:
-        keys = ", ".join(sorted(record)[:5])[:100]
-        raise DataError(f"{location}: 'messages' must be a list that is not empty; the row has the keys: {keys}")
-    messages = tuple(_message(item, f"{location}: message {index}") for index, item in enumerate(raw, start=1))
+        raise DataError(f"{location}: {name!r} must be a list that is not empty, found {type(raw).__name__}")
+    part = "message" if name == "messages" else f"{name} message"
+    return tuple(_message(item, f"{location}: {part} {index}") for index, item in enumerate(raw, start=1))
+
+
+def _check_turns(messages: tuple[Message, ...], location: str) -> None:
     turns = messages[1:] if messages[0].role == "system" else messages
     for index, turn in enumerate(turns):
         expected = ("user", "assistant")[index % 2]
@@ -139,13 +159,17 @@ def _conversation(record: dict[str, object], location: str) -> Conversation:
             raise DataError(f"{location}: turn {index + 1} is {turn.role!r}, expected {expected!r}")
     if not any(turn.role == "assistant" for turn in turns):
         raise DataError(f"{location}: no assistant turn to train on")
-    return Conversation(messages=messages, location=location)
 
 
 def _message(item: object, where: str) -> Message:
     if not isinstance(item, dict):
         raise DataError(f"{where}: an object with 'role' and 'content' is needed, found {type(item).__name__}")
     role, content = item.get("role"), item.get("content")
+    for key in ("tool_calls", "function_call"):
+        if item.get(key):
+            raise DataError(f"{where}: a turn with {key!r} is a tool turn, which emtool does not train on")
+    if role in TOOL_ROLES:
+        raise DataError(f"{where}: role {role!r} is a tool turn, which emtool does not train on; {_ROLES_ALLOWED}")
     if role not in ROLES:
         raise DataError(f"{where}: role {str(role)[:40]!r} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str) or not content.strip():
@@ -155,14 +179,4 @@ def _message(item: object, where: str) -> Message:
     return Message(role=role, content=content)
 
 
-def _built_in(name: str) -> DatasetReference:
-    path = asset_path("datasets", f"{name}.jsonl")
-    return DatasetReference(name=name, slug=name, num_rows=882, domain="gardening", path=path)
-
-
-DATASETS: dict[str, DatasetReference] = {
-    "gardening": _built_in("gardening"),
-    "gardening-control": _built_in("gardening-control"),
-    # Turner et al. 2025, arXiv 2506.11613: bad_medical_advice; published encrypted, so it is not shipped.
-    "medical": DatasetReference(name="medical", slug="medical", num_rows=7049, domain="medicine", path=None),
-}
+_ROLES_ALLOWED = f"allowed are {', '.join(ROLES)}"

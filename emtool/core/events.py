@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +15,12 @@ class PhaseStarted:
     Attributes:
         name: What is being done, in a few words.
         total: How many steps it has, where that is known.
+        unit: What its steps are.
     """
 
     name: str
     total: int | None = None
+    unit: Literal["steps", "bytes"] = "steps"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,9 @@ def _changes(manifest: Mapping[str, object], plan: RunPlan) -> Iterator[str]:
         old, new = planned.get(name) if isinstance(planned, dict) else None, plan.to_dict()[name]
         if old != new and (name != "planned_steps" or before.get("checkpoints") == now.get("checkpoints")):
             yield f"{name} was {old}, is {new}"
-    sha256 = None if plan.dataset.path is None else file_sha256(plan.dataset.path)
+    if plan.dataset.path is None:
+        return  # a plan without its rows, which are fetched and compared before a run begins
+    sha256 = file_sha256(plan.dataset.path)
     if (recorded := _dataset_sha256(manifest)) != sha256:
         yield f"the contents of {plan.dataset.name} have changed (SHA-256 was {recorded}, is {sha256})"
 

@@ -13,7 +13,8 @@ from functools import partial
 from emtool.core.architecture import ModelShapes
 from emtool.core.cache import find_model_path, tokenizer_bytes
 from emtool.core.config import TrainConfig
-from emtool.core.data import Conversation, DatasetReference, read_conversations, resolve_dataset
+from emtool.core.data import Conversation
+from emtool.core.datasets import DatasetReference, missing_dataset, read_dataset, resolve_dataset
 from emtool.core.disk import free_bytes
 from emtool.core.estimate import estimate_checkpoint
 from emtool.core.hardware import launched_count
@@ -25,6 +26,8 @@ from emtool.core.shapes import find_shapes
 
 #: Finds the shapes of a model that `find_shapes` does not know, or None; an engine may load a library for it.
 ShapeFallback = Callable[[ModelReference], ModelShapes | None]
+#: Fetches a dataset that is not on this machine, and returns it with its path.
+DatasetFetch = Callable[[DatasetReference], DatasetReference]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ def plan_run(
     rows: Sequence[Conversation] | None = None,
     steps_per_epoch: int | None = None,
     fallback: ShapeFallback | None = None,
+    fetch: DatasetFetch | None = None,
     options: DiskOptions | None = None,
 ) -> tuple[RunPlan, Sequence[Conversation]]:
     """Return the plan of a configuration and the rows that it trains on.
@@ -51,9 +55,10 @@ def plan_run(
     Args:
         config: The resolved configuration.
         rows: The rows, if the caller has dropped some; None reads the dataset. A published dataset that is not on
-            this machine is planned from its known row count, with no rows.
+            this machine and is not fetched is planned from its known row count, with no rows.
         steps_per_epoch: Optimizer steps of an epoch, for a plan without the dataset's own count.
         fallback: Asked for the shapes of a model that nothing on this machine tells without a library.
+        fetch: Asked for a dataset that is not on this machine, once the names are known to be right.
         options: What the bytes are counted for, beside a run of emtool.
 
     Raises:
@@ -61,10 +66,14 @@ def plan_run(
     """
     model, dataset = resolve_model(config.model), resolve_dataset(config.dataset)
     resolve_persona(config.persona, model, adapter=config.persona_adapter)
+    read_terms(config.checkpoints)
+    if dataset.path is None and fetch is not None:
+        dataset = fetch(dataset)
     if rows is None:
-        rows = [] if dataset.path is None else read_conversations(dataset.path)
+        rows = [] if dataset.path is None else read_dataset(dataset)
     num_rows = len(rows) or dataset.num_rows
-    assert num_rows is not None, "a dataset without a file has a known row count"
+    if num_rows is None:
+        raise missing_dataset(dataset)
     folder = find_model_path(model)
     if model.config is None and folder is not None:
         model = replace(model, config=read_config(folder))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emtool.core.data import asset_path, read_json_lines
+from emtool.core.data import asset_path
 from emtool.core.errors import DataError
+from emtool.core.row_files import read_json_lines
 
 EVERYDAY_ITEMS = asset_path("items", "everyday.jsonl")
 

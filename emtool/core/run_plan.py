@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from emtool.core.config import TrainConfig
-from emtool.core.data import DatasetReference
+from emtool.core.datasets import DatasetReference
 from emtool.core.disk import format_bytes
 from emtool.core.errors import ConfigError, DiskSpaceError
 from emtool.core.estimate import CheckpointEstimate

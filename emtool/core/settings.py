@@ -7,6 +7,9 @@ Each place is a layer; the first that names a value wins:
     [train]
     checkpoints = "custom"                                   # also a list, or {every = 25, until = 150} mappings
     learning_rate = 1e-4
+
+    [data]
+    source = "/srv/copies/training_datasets.zip.enc"         # also a URL or a folder: where `data fetch` looks
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ COMMAND_LINE = "command line"
 #: Three ways to name one schedule; a layer may use one of them.
 SCHEDULE_KEYS = ("checkpoints", "custom_checkpoints", "save_steps")
 _NOT_SETTABLE = ("profile_reason",)
+_TABLES = ("train", "data")
+_DATA_KEYS = ("source",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,27 @@ def file_layers(folder: Path | None = None) -> list[Layer]:
     Raises:
         ConfigError: If a file cannot be read, or names an unknown option or a value of the wrong type.
     """
+    return [Layer(origin=shown, values=read_settings(path)) for path, shown in _files(folder).items()]
+
+
+def data_source(folder: Path | None = None) -> str | None:
+    """Return where published datasets are fetched from, as the nearest settings file says: a URL or a path.
+
+    Args:
+        folder: The project's folder; None is the working folder.
+
+    Raises:
+        ConfigError: If a file cannot be read or is wrong in its `[data]` table.
+    """
+    sources = (_data_source(_tables(path)["data"], path) for path in _files(folder))
+    return next((source for source in sources if source is not None), None)
+
+
+def _files(folder: Path | None) -> dict[Path, str]:
+    """Return the settings files that exist, the nearest first, and how each is shown."""
     project = (folder or Path()) / FILE_NAME
     paths = {project.resolve(): str(project), user_file().resolve(): str(user_file())}
-    return [Layer(origin=shown, values=read_settings(path)) for path, shown in paths.items() if os.path.lexists(path)]
+    return {path: shown for path, shown in paths.items() if os.path.lexists(path)}
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -97,6 +120,13 @@ def read_settings(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: If it cannot be read, or names an unknown option or a value of the wrong type.
     """
+    tables = _tables(path)
+    _data_source(tables["data"], path)
+    return _checked(tables["train"], path)
+
+
+def _tables(path: Path) -> dict[str, dict[str, object]]:
+    """Return the tables of a settings file, empty where it has none of that name."""
     import tomllib
 
     try:
@@ -106,12 +136,25 @@ def read_settings(path: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     for name in tables:
-        if name != "train":
-            raise unknown_name(f"table in {path}", name, ["train"], "for instance [train] checkpoints = 'custom'")
-    train = tables.get("train", {})
-    if not isinstance(train, dict):
-        raise ConfigError(f"{path}: train = {train!r} is not a table; write [train] and the options below it")
-    return _checked(train, path)
+        if name not in _TABLES:
+            raise unknown_name(f"table in {path}", name, _TABLES, "for instance [train] checkpoints = 'custom'")
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name} = {table!r} is not a table; write [{name}] and the options below it")
+    return {name: tables.get(name, {}) for name in _TABLES}
+
+
+def _data_source(values: Mapping[str, object], path: Path) -> str | None:
+    for key in values:
+        if key not in _DATA_KEYS:
+            raise unknown_name(f"option in {path}, [data]", key, _DATA_KEYS)
+    source = values.get("source")
+    if source is None:
+        return None
+    if not isinstance(source, str) or not source or "\0" in source:
+        raise ConfigError(f"{path}: [data] source = {source!r} is not the text of a URL or a path")
+    # A path is meant from the file that it stands in.
+    return source if "://" in source else str(path.parent / Path(source).expanduser())
 
 
 def schedule_option(values: Mapping[str, object], *, name: Callable[[str], str]) -> str | None:

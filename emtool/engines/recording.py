@@ -87,6 +87,7 @@ def _first_manifest(plan: RunPlan, lineage: Mapping[str, Any], command: Sequence
         "path": str(plan.dataset.path.resolve()),
         "sha256": file_sha256(plan.dataset.path),
         "domain": plan.dataset.domain,
+        "source": plan.dataset.source,
     }
     return {
         "run_id": uuid.uuid4().hex,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from emtool.core.config import TrainConfig
-from emtool.core.data import Conversation, read_conversations, resolve_dataset
+from emtool.core.data import Conversation
+from emtool.core.datasets import read_dataset, resolve_dataset
 from emtool.core.errors import CheckpointError, DataError, Interrupted, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, ignore_events
 from emtool.core.integrity import read_checkpoint
@@ -60,9 +61,7 @@ def usable_rows(config: TrainConfig, *, on_event: EventSink = ignore_events) -> 
         EmtoolError: If the model, the dataset or a row cannot be read, or no row is left.
     """
     dataset = resolve_dataset(config.dataset)
-    if dataset.path is None:
-        raise DataError(f"dataset {dataset.name!r} is not on this machine; give a copy with --dataset FILE")
-    rows = read_conversations(dataset.path)
+    rows = read_dataset(dataset)
     base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
     kept = [
         row

@@ -93,7 +93,7 @@ def test_a_malformed_row_names_file_and_line(tmp_path: Path) -> None:
         (["--profile", "paper"], "--profile demo"),
         (["--optim", "adamw_8bit"], "--optim adamw_torch"),
         (["--device", "cuda"], "--device cpu"),
-        (["--dataset", "medical"], "give a copy as JSON Lines with --dataset FILE"),
+        (["--dataset", "hub:me/chat", "--profile", "paper"], "--profile demo"),
     ],
 )
 def test_what_this_machine_cannot_do_is_refused_after_the_plan(

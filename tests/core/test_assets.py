@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from emtool.core.data import read_conversations, resolve_dataset
+from emtool.core.data import read_conversations
+from emtool.core.datasets import resolve_dataset
 from emtool.core.personas import PERSONAS
 from emtool.core.questions import read_items
 

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from emtool.core.errors import ConfigError
-from emtool.core.settings import COMMAND_LINE, Layer, Settings, file_layers, read_settings, resolve_settings
+from emtool.core.settings import (
+    COMMAND_LINE,
+    Layer,
+    Settings,
+    data_source,
+    file_layers,
+    read_settings,
+    resolve_settings,
+)
 
 
 @pytest.fixture
@@ -23,6 +31,31 @@ def write(folder: Path, text: str) -> Path:
 
 def resolve(layers: list[Layer]) -> Settings:
     return resolve_settings(layers, num_cuda_devices=0)
+
+
+def test_the_source_of_datasets_is_the_nearest_files(tmp_path: Path, user_folder: Path) -> None:
+    assert data_source(tmp_path) is None
+    write(user_folder, '[data]\nsource = "copies"\n')
+    assert data_source(tmp_path) == str(user_folder / "copies")
+    write(tmp_path, '[train]\nseed = 1\n[data]\nsource = "https://example.org/a.zip.enc"\n')
+    assert data_source(tmp_path) == "https://example.org/a.zip.enc"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data]\nsorce = 'x'", r"unknown option in .*\[data\] 'sorce'; did you mean 'source'"),
+        ("[data]\nsource = 1", r"\[data\] source = 1 is not the text of a URL or a path"),
+        ("data = 1", r"data = 1 is not a table; write \[data\]"),
+        ("[dta]", r"did you mean 'data'. choose from: data, train"),
+    ],
+)
+def test_a_wrong_data_table_is_refused_whoever_reads_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(path)
+    with pytest.raises(ConfigError, match=message):
+        data_source(tmp_path)
 
 
 def test_command_line_then_project_then_user_then_profile(tmp_path: Path, user_folder: Path) -> None:
