@@ -47,8 +47,8 @@ from emtool.cli.plan_view import ConfigTable, plan_view, saved_table
 from emtool.core.config import TrainConfig, cannot_start, check_can_start
 from emtool.core.data import Conversation
 from emtool.core.datasets import resolve_dataset
-from emtool.core.errors import ConfigError
-from emtool.core.finished import cannot_write, finished_run
+from emtool.core.errors import CheckpointError, ConfigError
+from emtool.core.finished import cannot_write, finished_run, is_completed
 from emtool.core.hardware import launched_rank, select_device
 from emtool.core.plan import DatasetFetch, plan_run
 from emtool.core.run_dir import RunFolder
@@ -179,6 +179,9 @@ def start(
         resume: Whether a folder that is there is gone on with.
         check_disk: Whether the space must suffice.
     """
+    if launched_rank() > 0 and is_completed(plan.output_path):
+        # What the first process says; the others would wait for it in vain.
+        return
     if launched_rank() == 0 and (finished := finished_run(plan, resume=resume)) is not None:
         tidy_completed(finished)
         say(f"{finished.path} holds this run, completed; evaluate it with: emtool evaluate {finished.path}")
@@ -199,3 +202,8 @@ def start(
         f"trained {plan.total_steps} step(s) in {result.seconds:.0f} s, last loss {result.final_loss:.3f}{held_out}\n"
         f"evaluate it with: emtool evaluate {result.run.path}"
     )
+    if result.lost:
+        raise CheckpointError(
+            f"the run is complete, and {len(result.lost)} of its checkpoints cannot be used: {'; '.join(result.lost)}; "
+            "what was lost can only be trained again under another --output-name"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from emtool.core.config import HOUSEKEEPING
 from emtool.core.data import file_sha256
@@ -43,6 +44,14 @@ def finished_run(plan: RunPlan, *, resume: bool = False) -> RunFolder | None:
             f"{run.path} holds this run, {manifest.get('status')}: {run.how_to_go_on()}; or {instead}"
         )
     return None
+
+
+def is_completed(path: Path) -> bool:
+    """Return whether a folder holds a run that is complete, of whatever configuration."""
+    try:
+        return RunFolder(path=path).read_manifest().get("status") == "completed"
+    except CheckpointError:
+        return False
 
 
 def _changes(manifest: Mapping[str, object], plan: RunPlan) -> Iterator[str]:

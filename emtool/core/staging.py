@@ -79,6 +79,7 @@ class StagedFolder:
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """Open a new file for writing; when the block ends it is on disk and recorded."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         raw = _HashingFile(self.path / name)
         try:
             with io.BufferedWriter(raw, _BUFFER_BYTES) as file:
@@ -134,6 +135,24 @@ class StagedFolder:
 def staging_path(target: Path) -> Path:
     """Return the hidden folder in which a folder is written; every process computes the same."""
     return target.with_name(f".{target.name}{STAGING_SUFFIX}")
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder that a library wrote into a new one, every file forced to disk.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left then.
+    """
+    staged = StagedFolder(target)
+    try:
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            staged.write(path.relative_to(source).as_posix(), path.read_bytes())
+        for folder in (*sorted(path for path in staged.path.rglob("*") if path.is_dir()), staged.path):
+            _sync(folder)
+        remove_folder(target)
+        staged.publish()
+    finally:
+        staged.discard()
 
 
 def retire_folder(path: Path) -> None:

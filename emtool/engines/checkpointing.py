@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.pt"
 
+#: In `metrics.jsonl`: a milestone that was there already with other weights, so that no kill forgets it.
+TRAJECTORY_BREAK = "trajectory_break"
+
 
 @dataclass(kw_only=True)
 class Stall:
@@ -111,7 +114,23 @@ class CheckpointWriter:
     events: list[Event] = field(default_factory=list)
     trajectory_breaks: list[int] = field(default_factory=list)
     _tokenizer: dict[str, FileRecord] | None = None
-    _last_state: StagedFolder | None = None
+    _last_state: tuple[Path, Mapping[str, FileRecord]] | None = None
+
+    def continue_from(self, step: int) -> None:
+        """Take the resume state of a step, which is verified, for the one that its milestone shares files with."""
+        state = self.run.resume_state_path(step)
+        self._last_state = state, read_checkpoint(state, run_id=self.run_id, hashes=False).files
+
+    def milestone_problem(self, step: int) -> str | None:
+        """Return what is wrong with the milestone of a step, or None if it is whole."""
+        folder = self.run.checkpoint_path(step)
+        if not folder.exists():
+            return f"{folder.name} is not there"
+        try:
+            read_checkpoint(folder, run_id=self.run_id)
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def write(self, snapshot: Snapshot, *, resume: bool, milestone: bool) -> None:
         """Write the resume state of a step, then its milestone, and retire the states that are not kept.
@@ -206,6 +225,7 @@ class CheckpointWriter:
             self._log(target, snapshot, num_bytes=num_bytes, write_seconds=0.0)
             return
         self.trajectory_breaks.append(snapshot.step)
+        self.run.append_metrics({"step": snapshot.step, TRAJECTORY_BREAK: target.name}, durable=True)
         self._notice(
             f"{target.name} is there already with other weights: training did not repeat itself exactly; the old one "
             "is kept"
@@ -236,14 +256,13 @@ class CheckpointWriter:
             self.events.append(CheckpointSaved(step=snapshot.step, path=target, seconds=snapshot.stall.seconds))
 
     def _write_resume_files(self, staged: StagedFolder, snapshot: Snapshot) -> None:
-        written = self._last_state
         state = self.run.resume_state_path(snapshot.step)
-        if written is not None and written.target == state != staged.target:
-            # The milestone of the step whose state has just been written.
+        if self._last_state is not None and self._last_state[0] == state != staged.target:
+            # The milestone of the step whose state has just been written, or which the run goes on from.
             for name in (OPTIMIZER_FILE, *snapshot.small_files):
-                staged.link(name, written.target / name, written.files[name])
+                staged.link(name, state / name, self._last_state[1][name])
             return
-        self._last_state = staged
+        self._last_state = state, staged.files
         with staged.open(OPTIMIZER_FILE) as file:
             torch.save(snapshot.optimizer, file)
         for name, content in snapshot.small_files.items():

@@ -19,7 +19,7 @@ from emtool.core.events import EventSink, Notice
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked, remove_leftovers
 from emtool.core.run_plan import RunPlan
-from emtool.engines.resuming import check_same_lineage, newest_state, rewind
+from emtool.engines.resuming import check_same_lineage, newest_state, recorded_breaks, rewind
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "tokenizers")
 
@@ -112,6 +112,7 @@ def _continue(
     check_same_lineage(run, manifest, lineage)
     state = newest_state(run, manifest, on_event=on_event)
     step = None if state is None else int(state.name.rpartition("-")[2])
+    breaks = recorded_breaks(run)
     rewind(run, step)
     if details := "; ".join(_changed_versions(manifest)):
         on_event(Notice(text=f"other package versions may give other bits: {details}", is_warning=True))
@@ -119,6 +120,7 @@ def _continue(
     on_event(Notice(text=f"{run.path} goes on {where}", is_warning=step is None))
     manifest |= {"status": "running", "ended_at": None, "config": plan.config.to_dict(), "versions": _versions()}
     manifest["resumed"] = [*manifest.get("resumed", []), {"step": step or 0, "at": _now()}]
+    manifest["trajectory_breaks"] = sorted({*(manifest.get("trajectory_breaks") or []), *breaks})
     manifest.pop("error", None)
     run.write_manifest(manifest)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder, free_name
 from emtool.core.run_plan import NUM_KEPT_STATES
 from emtool.core.staging import file_record, retire_folder
+from emtool.engines.checkpointing import TRAJECTORY_BREAK
 
 
 def newest_state(run: RunFolder, manifest: Mapping[str, Any], *, on_event: EventSink) -> Path | None:
@@ -64,6 +66,23 @@ def rewind(run: RunFolder, step: int | None) -> None:
         return at < step or saved != f"checkpoint-{step}" or run.checkpoint_path(step).exists()
 
     run.keep_metrics(is_kept)
+
+
+def recorded_breaks(run: RunFolder) -> list[int]:
+    """Return the steps at which the records name a milestone of another trajectory: a kill leaves nothing else."""
+    try:
+        lines = run.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    steps = []
+    for line in lines:
+        try:
+            record = json.loads(line) if f'"{TRAJECTORY_BREAK}"' in line else {}
+        except ValueError:
+            continue
+        if TRAJECTORY_BREAK in record and isinstance(record.get("step"), int):
+            steps.append(record["step"])
+    return steps
 
 
 def check_same_lineage(run: RunFolder, manifest: Mapping[str, Any], lineage: Mapping[str, Any]) -> None:

@@ -97,6 +97,7 @@ class RunCheckpoints(TrainerCallback):
         self._stall = Stall()
         self._last_state_time = clock()
         self._last_state_step: int | None = None
+        self._final_files: dict[str, bytes] | None = None
         self._is_stopping = False
         self._is_sharded = False
 
@@ -125,6 +126,8 @@ class RunCheckpoints(TrainerCallback):
         finally:
             self._requests.is_deferring = False
         if self._requests.stop is not None:
+            # It came after the last step had asked for it.
+            self.save_state()
             raise Interrupted(self._requests.stop)
 
     def on_train_begin(
@@ -143,15 +146,24 @@ class RunCheckpoints(TrainerCallback):
         self._last_state_time = self._clock()
         is_resumed = state.global_step > 0 or self._writer.run.resume_state_path(0).exists()
         self._last_state_step = state.global_step if is_resumed else None
-        is_planned = state.global_step in self._schedule.planned_steps
+        is_planned, stop = state.global_step in self._schedule.planned_steps, self._agree().stop
+        if is_resumed and self._processes.is_first:
+            self._continue_from(state.global_step)
         self._due = _Due(
-            milestone=is_planned and not self._writer.run.checkpoint_path(state.global_step).exists(),
-            resume=self._interval.is_on and not is_resumed,
-            stop=self._agree().stop,
+            milestone=is_planned and self._writer.milestone_problem(state.global_step) is not None,
+            resume=not is_resumed and (self._interval.is_on or stop is not None),
+            stop=stop,
         )
         self.save()
         if state.global_step >= state.max_steps:
             raise _NothingLeftError
+
+    def _continue_from(self, step: int) -> None:
+        self._writer.continue_from(step)
+        for earlier in self._schedule.planned_steps:
+            if earlier < step and (problem := self._writer.milestone_problem(earlier)) is not None:
+                text = f"{problem}; going on cannot make it again, and the run will end without it"
+                self._on_event(Notice(text=text, is_warning=True))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -201,6 +213,9 @@ class RunCheckpoints(TrainerCallback):
             Interrupted: If a signal asked to stop.
         """
         step, stop = state.global_step, self._agree().stop
+        if not self._is_sharded:
+            # A state may be asked for later, when the processes no longer go in step.
+            self._final_files = trainer_files(self._trainer, self._processes)
         self._due = _Due(
             milestone=self._schedule.has_final and step not in self._schedule.planned_steps,
             resume=(self._interval.is_on or stop is not None) and self._last_state_step != step,
@@ -253,7 +268,7 @@ class RunCheckpoints(TrainerCallback):
         step = self._trainer.state.global_step
         begun = time.monotonic()
         needs_optimizer = due.resume or self._writer.keeps_optimizer
-        small_files = trainer_files(self._trainer, self._processes) if needs_optimizer and not self._is_sharded else {}
+        small_files = self._small_files() if needs_optimizer and not self._is_sharded else {}
         if due.resume:
             self._requests.save = False
             self._last_state_time, self._last_state_step = self._clock(), step
@@ -281,6 +296,9 @@ class RunCheckpoints(TrainerCallback):
             stall=self._stall,
         )
         self._background.start(lambda: self._write(snapshot, due))
+
+    def _small_files(self) -> dict[str, bytes]:
+        return self._final_files or trainer_files(self._trainer, self._processes)
 
     def _write(self, snapshot: Snapshot, due: _Due) -> None:
         """Make or await the copy, whatever follows: the next optimizer step waits for it. Then write."""

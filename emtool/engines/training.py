@@ -6,23 +6,23 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from emtool.core.config import TrainConfig
 from emtool.core.data import Conversation
 from emtool.core.datasets import read_dataset, resolve_dataset
-from emtool.core.errors import CheckpointError, DataError, Interrupted, ModelError
+from emtool.core.errors import DataError, Interrupted, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, ignore_events
-from emtool.core.integrity import read_checkpoint
 from emtool.core.interrupts import Requests, requested
 from emtool.core.personas import resolve_persona
 from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder, replace_file
 from emtool.core.run_plan import RunPlan
-from emtool.core.staging import STAGING_SUFFIX, remove_folder
+from emtool.core.staging import STAGING_SUFFIX, copy_folder, remove_folder
 from emtool.engines.checkpointing import CheckpointWriter, SaveNeeds
 from emtool.engines.encoding import Encoded, encode_dataset, encode_row
-from emtool.engines.fitting import build_trainer, split_rows
+from emtool.engines.fitting import build_trainer, scratch_folder, split_rows
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import ComposedModel, compose_model
 from emtool.engines.modeling import BaseModel, adapter_config_json, add_lora, check_device, open_base
@@ -45,6 +45,7 @@ class TrainResult:
         final_loss: Training loss of the last step.
         held_out_loss: Mean token loss on the held-out rows; None if none were held out.
         seconds: Time of the optimizer steps and saves, in seconds.
+        lost: What is wrong with each planned milestone that is damaged or not there any more.
     """
 
     run: RunFolder
@@ -52,6 +53,7 @@ class TrainResult:
     final_loss: float
     held_out_loss: float | None
     seconds: float
+    lost: Sequence[str] = ()
 
 
 def usable_rows(config: TrainConfig, *, on_event: EventSink = ignore_events) -> list[Conversation]:
@@ -130,12 +132,10 @@ def train(
             tokenizer_path=plan.output_path / f".tokenizer{STAGING_SUFFIX}",
             keeps_optimizer=config.keep_optimizer,
         )
+        opened.results["trajectory_breaks"] = writer.trajectory_breaks
         if processes.is_first:
             stack.callback(remove_folder, writer.tokenizer_path)
-            composed.tokenizer.save_pretrained(writer.tokenizer_path)
-            if opened.state is not None:
-                share_tokenizer(writer.tokenizer_path, opened.state)
-            _keep_sample(writer.run, composed)
+            _keep_shared_files(writer, composed, opened.state)
         run = _Run(plan=plan, writer=writer, opened=opened, requests=requests, processes=processes, on_event=report)
         return _fit(run, model, composed.tokenizer, encoded, check_disk=check_disk)
 
@@ -175,14 +175,23 @@ def _compose(plan: RunPlan, processes: Processes, on_event: EventSink, *, resume
     return compose_model(base, persona, mode=config.persona_mode, recorded=recorded, on_event=on_event)
 
 
-def _keep_sample(run: RunFolder, composed: ComposedModel) -> None:
-    """Keep some of the merged weights, unless the run has them from its beginning."""
-    if composed.merged_sample is None or run.merged_sample_path.exists():
-        return
+def _keep_shared_files(writer: CheckpointWriter, composed: ComposedModel, state: Path | None) -> None:
+    """Put the tokenizer where all checkpoints link to it, and some of the merged weights into the run folder.
+
+    A library writes the tokenizer into a scratch folder, and it is copied: what is linked to must be on disk, and a
+    full disk must be an ordinary error.
+    """
+    run = writer.run
     try:
-        replace_file(run.merged_sample_path, encode_safetensors(composed.merged_sample))
+        with scratch_folder() as scratch:
+            composed.tokenizer.save_pretrained(scratch)
+            copy_folder(Path(scratch), writer.tokenizer_path)
+        if state is not None:
+            share_tokenizer(writer.tokenizer_path, state)
+        if composed.merged_sample is not None and not run.merged_sample_path.exists():
+            replace_file(run.merged_sample_path, encode_safetensors(composed.merged_sample))
     except OSError as error:
-        raise run.write_error(error, f"writing {run.merged_sample_path.name}") from error
+        raise run.write_error(error, "writing the tokenizer") from error
 
 
 def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, check_disk: bool) -> TrainResult:
@@ -208,16 +217,17 @@ def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, c
     run.on_event(PhaseStarted(name="training", total=plan.total_steps))
     with checkpoints.deferring():
         trainer.train(resume_from_checkpoint=None if run.opened.state is None else str(run.opened.state))
-    run.opened.results["trajectory_breaks"] = list(run.writer.trajectory_breaks)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    held_out_loss = None
+    held_out_loss, lost = None, []
     if run.processes.is_first:
-        check_saved(folder, plan, final_step=trainer.state.global_step)
+        lost = lost_milestones(run.writer, plan, final_step=trainer.state.global_step)
         try:
             held_out_loss = _held_out_loss(model, held_out, folder, run.on_event) if held_out else None
         except Interrupted:
             checkpoints.save_state()
             raise
+        if run.requests.save:
+            checkpoints.save_state()
         run.opened.results["held_out_loss"] = held_out_loss
     run.processes.wait()
     return TrainResult(
@@ -226,23 +236,16 @@ def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, c
         final_loss=float(losses[-1]),
         held_out_loss=held_out_loss,
         seconds=recorder.seconds,
+        lost=lost,
     )
 
 
-def check_saved(run: RunFolder, plan: RunPlan, *, final_step: int) -> None:
-    """Refuse a run that lacks a planned milestone, or in which one is not whole in size.
-
-    Raises:
-        CheckpointError: If a planned step up to the real final one, or the final one itself, is not whole on disk.
-    """
+def lost_milestones(writer: CheckpointWriter, plan: RunPlan, *, final_step: int) -> list[str]:
+    """Return what is wrong with the planned milestones up to the real final step; every file is hashed."""
     wanted = {step for step in plan.schedule.planned_steps if step <= final_step}
     if plan.schedule.has_final:
         wanted.add(final_step)
-    if missing := sorted(wanted - set(run.saved_steps())):
-        raise CheckpointError(f"{run.path} lacks the planned checkpoints {missing}; the run is not complete")
-    run_id = str(run.read_manifest().get("run_id"))
-    for step in run.saved_steps():
-        read_checkpoint(run.checkpoint_path(step), run_id=run_id, hashes=False)
+    return [problem for step in sorted(wanted) if (problem := writer.milestone_problem(step)) is not None]
 
 
 def _held_out_loss(model: Any, rows: Sequence[Encoded], run: RunFolder, on_event: EventSink) -> float | None:

@@ -26,7 +26,7 @@ from emtool.engines.evaluation import evaluate
 from emtool.engines.fitting import build_trainer
 from emtool.engines.lineage import rebuild_model
 from emtool.engines.modeling import adapter_state, attach_adapter, load_base
-from emtool.engines.training import TrainResult, check_saved, train, usable_rows
+from emtool.engines.training import TrainResult, train, usable_rows
 from tests.tiny import save_tiny_model
 
 PROMPT = torch.arange(3, 60).unsqueeze(0)
@@ -143,13 +143,6 @@ def test_the_final_milestone_is_the_model_in_memory_also_when_training_stops_ear
     assert any(not torch.equal(final[name], tensor) for name, tensor in saved[0].items())
     reloaded = attach_adapter(load_base(tiny_model, dtype="float32"), result.run.checkpoint_path(expected[-1]))
     assert torch.equal(logits(reloaded), logits(models[-1]))
-
-
-def test_a_missing_planned_milestone_fails_loudly(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:
-    plan, result, _ = run(tiny_model, dataset_file, tmp_path)
-    shutil.rmtree(result.run.checkpoint_path(4))
-    with pytest.raises(CheckpointError, match=r"lacks the planned checkpoints \[4\]"):
-        check_saved(result.run, plan, final_step=11)
 
 
 def test_a_save_that_would_not_fit_stops_the_run_unless_told_otherwise(
