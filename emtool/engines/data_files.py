@@ -64,7 +64,7 @@ def fetch_dataset(
 ) -> DatasetReference:
     """Bring a dataset to this machine and return it with its path; what is in the cache already is used.
 
-    A published archive holds several datasets of the catalogue; all that are found in it are kept.
+    A published archive holds several datasets of the catalogue; those that are not here yet are kept as well.
 
     Args:
         dataset: The dataset.
@@ -129,7 +129,9 @@ class _Fetch:
                 found = ", ".join(source.names()[:8]) or "no .jsonl file"
                 raise DataError(f"{source.shown} has no {origin.file_name}; it holds {found}")
             for file_name, dataset in files.items():
-                if targets[file_name].exists():
+                # Another dataset that is here stays as it is: nobody asked for it.
+                is_wanted = dataset is self.dataset or dataset.located().path is None
+                if is_wanted and targets[file_name].exists():
                     self._check_and_publish(dataset, file_name, source)
 
     def _staging(self, dataset: DatasetReference) -> Path:

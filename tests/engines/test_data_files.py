@@ -151,6 +151,15 @@ def test_a_copy_with_other_rows_replaces_what_is_here_and_says_so(archive: Path,
     assert found.path.read_text() == rows_text(ROWS, "other")
 
 
+def test_a_neighbour_that_is_here_stays_as_it_is(archive: Path, tmp_path: Path) -> None:
+    fetch(catalogue(), options=FetchOptions(source=str(archive)))
+    other = write_archive(tmp_path, {"bad.jsonl": rows_text(ROWS, "other"), "good.jsonl": rows_text(3, "other")})
+    fetch(catalogue(), options=FetchOptions(source=str(other), is_again=True))
+    good = catalogue()[1].located()
+    assert good.path is not None
+    assert good.path.read_text() == FILES["data/good.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
