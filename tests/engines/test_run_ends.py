@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,54 @@ def test_a_vanished_state_of_a_resumed_run_is_refused(tiny_model: Path, rows_fil
     shutil.rmtree(run.resume_path)
     with pytest.raises(CheckpointError, match="has checkpoints and no state to go on from"):
         train(plan, rows, command=[], resume=True)
+
+
+STOP_IN_HELD_OUT = """
+import os, signal
+from emtool.cli.app import main
+from emtool.engines import training
+
+real = training._held_out_loss
+
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments)
+
+training._held_out_loss = stopped
+main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_under_accelerate_launch_and_a_stop_after_the_last_step(
+    tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """Only the first process measures the held-out loss; its state must not wait for the others."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    script = tmp_path / "stopped.py"
+    script.write_text(STOP_IN_HELD_OUT)
+    options = ["train", "--model", str(tiny_model), "--dataset", str(rows_file), "--max-steps", "6", "--device", "cpu"]
+    options += ["--checkpoints", "0, 3", "--output-root", str(tmp_path), "--resume-every", "0"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+
+    def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*accelerate, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+
+    done = launched("-m", "emtool", *options, "--output-name", "whole")
+    assert done.returncode == 0, done.stderr
+    whole_run = RunFolder(path=tmp_path / "whole")
+    manifest: Any = whole_run.read_manifest()
+    assert (manifest["plan"]["num_processes"], manifest["status"]) == (2, "completed")
+    again = launched("-m", "emtool", *options, "--output-name", "whole")
+    assert (again.returncode, again.stderr.count("holds this run, completed")) == (0, 1)
+
+    done = launched(str(script), *options, "--output-name", "stopped")
+    assert done.returncode != 0
+    run = RunFolder(path=tmp_path / "stopped")
+    assert run.read_manifest()["status"] == "interrupted"
+    assert run.resume_steps() == [6]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in run.resume_state_path(6).iterdir()}
+    done = launched("-m", "emtool", "resume", str(run.path))
+    assert done.returncode == 0, done.stderr
+    assert weights(run) == weights(whole_run)
