@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def export(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     steps: Annotated[
-        str | None, typer.Option(help="Milestones to export, for instance 0,100,final. [default: all]")
+        str | None, typer.Option(help="Milestones to export, for instance 0,100,final. \\[default: all]")
     ] = None,
-    output_path: Annotated[Path | None, typer.Option(help="Folder to write into. [default: RUN/composed]")] = None,
+    output_path: Annotated[Path | None, typer.Option(help="Folder to write into. \\[default: RUN/composed]")] = None,
     dtype: Annotated[str, typer.Option(help=f"Storage dtype: {', '.join(DTYPE_BYTES)}.")] = "float32",
     as_json: AsJson = False,
 ) -> None:

@@ -49,7 +49,7 @@ def _option(text: str, panel: str | None = None) -> typer.models.OptionInfo:
     return option
 
 
-Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. [default: auto]")]
+Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. \\[default: auto]")]
 Model = Annotated[str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.")]
 Dataset = Annotated[
     str | None,
@@ -60,16 +60,18 @@ Persona = Annotated[
 ]
 PersonaAdapter = Annotated[str | None, _option("PEFT folder that holds the persona; names it after the folder.")]
 PersonaMode = Annotated[
-    str | None, _option("merged: into the base before training; stacked: a frozen adapter beside. [default: merged]")
+    str | None, _option("merged: into the base before training; stacked: a frozen adapter beside. \\[default: merged]")
 ]
-Device = Annotated[str | None, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N. [default: auto]")]
+Device = Annotated[
+    str | None, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N. \\[default: auto]")
+]
 Dtype = Annotated[
     str | None, typer.Option(callback=_check_dtype, help=f"Dtype of the base model: {', '.join(_DTYPES)}.")
 ]
 SaveDtype = Annotated[
     str | None, typer.Option(callback=_check_dtype, help="Dtype of saved adapters; auto is the base model's.")
 ]
-OutputRoot = Annotated[Path | None, _option("Folder that holds the run folders. [default: outputs]")]
+OutputRoot = Annotated[Path | None, _option("Folder that holds the run folders. \\[default: outputs]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 CustomCheckpoints = Annotated[
@@ -112,7 +114,7 @@ ModulesToSave = Annotated[str | None, _option("Modules trained and saved whole, 
 
 ResumeEvery = Annotated[
     str | None,
-    _option("Save the state to resume from every 10m (time) or 50 (steps); 0: not at all. [default: 10m]", SCHEDULE),
+    _option("Save the state to resume from every 10m (time) or 50 (steps); 0: not at all. \\[default: 10m]", SCHEDULE),
 ]
 KeepResume = Annotated[
     bool, typer.Option("--keep-resume", help="Keep resume states when complete.", rich_help_panel=SCHEDULE)
