@@ -146,19 +146,38 @@ class RunFolder:
         except OSError as error:
             raise self.write_error(error, "writing metrics.jsonl") from error
 
-    def keep_metrics(self, is_kept: Callable[[Mapping[str, object]], bool]) -> int:
-        """Drop the records of `metrics.jsonl` that are not to be kept, and a torn last line; return how many are left.
+    def read_metrics(self) -> list[Mapping[str, object]]:
+        """Return the records of `metrics.jsonl` that can be read.
 
         Raises:
-            EmtoolError: If it cannot be read or written.
+            CheckpointError: If the file cannot be read.
         """
+        return [record for _, record in self._metrics_lines() if record is not None]
+
+    def keep_metrics(self, is_kept: Callable[[Mapping[str, object]], bool]) -> int:
+        """Drop the records of `metrics.jsonl` that are not to be kept, a torn last line, and those that are damaged.
+
+        Returns:
+            How many lines were damaged.
+
+        Raises:
+            CheckpointError: If it cannot be read or written.
+        """
+        lines = self._metrics_lines()
+        kept = [line for line, record in lines if record is not None and is_kept(record)]
+        try:
+            replace_file(self.metrics_path, b"".join(kept))
+        except OSError as error:
+            raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
+        return sum(record is None for line, record in lines if line.endswith(b"\n"))
+
+    def _metrics_lines(self) -> list[tuple[bytes, Mapping[str, object] | None]]:
+        """Return each line and its record; None for one that is torn or damaged."""
         try:
             lines = self.metrics_path.read_bytes().splitlines(keepends=True) if self.metrics_path.exists() else []
-            kept = [line for line in lines if line.endswith(b"\n") and is_kept(_record(line))]
-            replace_file(self.metrics_path, b"".join(kept))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
-        return len(kept)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.metrics_path}: {error.strerror}") from error
+        return [(line, _record(line)) for line in lines]
 
     def remove_states(self) -> None:
         """Remove the states to resume from; nothing happens if there are none."""
@@ -188,11 +207,12 @@ def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _record(line: bytes) -> Mapping[str, object]:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("a line is not a record")
-    return record
+def _record(line: bytes) -> Mapping[str, object] | None:
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def write_json(path: Path, value: object) -> None:

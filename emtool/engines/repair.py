@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from emtool.core.checkpoint_record import read_record
 from emtool.core.errors import CheckpointError
 from emtool.core.events import EventSink
-from emtool.core.integrity import damaged_files, read_record
+from emtool.core.integrity import damaged_files
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked
 from emtool.core.staging import STAGING_SUFFIX, FileRecord, file_record
