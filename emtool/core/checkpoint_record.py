@@ -45,7 +45,8 @@ def read_record(folder: Path) -> CheckpointRecord:
     """Return a folder's record, which is as it was written; the files are unchecked, and may be links.
 
     Raises:
-        CheckpointError: If the folder is a link, or the record cannot be read, was changed, or names what cannot be a file of the folder.
+        CheckpointError: If the folder is a link, or the record cannot be read, was changed, or names what cannot be a
+            file of the folder.
     """
     path = folder / RECORD_NAME
     if folder.is_symlink():

@@ -75,6 +75,12 @@ def is_state(folder: Path) -> bool:
     return folder.name.startswith("step-")
 
 
+def is_run_file(name: str) -> bool:
+    """Return whether a file of a folder comes from the run's training; all others are the base model's tokenizer."""
+    names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", *RESUME_FILES, "training_args.bin")
+    return any(fnmatchcase(name, pattern) for pattern in names)
+
+
 def damaged_files(folder: Path, record: CheckpointRecord) -> list[str]:
     """Return the names of the files of a folder that do not hold what its record says."""
     names = []

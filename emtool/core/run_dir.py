@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
-from emtool.core.staging import RECORD_NAME, retire_folder
+from emtool.core.resume_interval import ResumeInterval
+from emtool.core.staging import RECORD_NAME, remove_folder, retire_folder, sync
 
 FORMAT = 1
 
@@ -111,11 +112,18 @@ class RunFolder:
         # Under a name of this process first: a folder that is there has a manifest.
         staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
         try:
+            _remove_unborn(self.path)
             staging.mkdir(parents=True)
             write_json(staging / self.manifest_path.name, {"format": FORMAT, **manifest})
+            sync(staging)
             staging.rename(self.path)
+            sync(self.path.parent)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise CheckpointError(
+                    f"{self.path} was made by another process just now; wait for it, or choose another --output-name"
+                ) from error
             raise CheckpointError(
                 f"cannot create {self.path}: {error.strerror}; choose another --output-root or --output-name"
             ) from error
@@ -179,18 +187,36 @@ class RunFolder:
             raise CheckpointError(f"cannot read {self.metrics_path}: {error.strerror}") from error
         return [(line, _record(line)) for line in lines]
 
+    def make_resume_folder(self) -> None:
+        """Make the folder of states, if it is not there, and force its name to disk."""
+        if not self.resume_path.is_dir():
+            self.resume_path.mkdir()
+            sync(self.path)
+
     def remove_states(self) -> None:
-        """Remove the states to resume from; nothing happens if there are none."""
-        if self.resume_path.is_dir():
+        """Remove the states to resume from, wherever a link puts them; nothing happens if there are none."""
+        if self.resume_path.is_symlink():
+            for step in self.resume_steps():
+                retire_folder(self.resume_state_path(step))
+        if self.resume_path.is_dir() or self.resume_path.is_symlink():
             retire_folder(self.resume_path)
 
     def how_to_go_on(self) -> str:
         """Return the state of the folder and the next step, for an error that stops a run."""
         saved, states = self.saved_steps(), self.resume_steps()
-        kept = f"{len(saved)} checkpoints are whole"
-        if not states:
-            return f"{kept}, and there is no state to go on from"
-        return f"{kept}, step {states[-1]} can be resumed; go on with: emtool resume {self.path}"
+        kept = f"{len(saved)} checkpoint(s) kept"
+        try:
+            manifest = self.read_manifest()
+            if manifest.get("status") == "completed":
+                return f"{kept}, and the run is complete; evaluate it with: emtool evaluate {self.path}"
+            saves_states = saves_states_of(manifest)
+        except EmtoolError:
+            saves_states = False
+        if states:
+            return f"{kept}, step {states[-1]} can be resumed; go on with: emtool resume {self.path}"
+        if saves_states and not any(step > 0 for step in saved):
+            return f"{kept}, and no state was saved yet; begin again with: emtool resume {self.path}"
+        return f"{kept}, and there is no state to go on from"
 
     def write_error(self, error: OSError, doing: str) -> EmtoolError:
         """Return the error for a folder that cannot be written to; says what is kept."""
@@ -200,11 +226,41 @@ class RunFolder:
         return CheckpointError(f"cannot write in {self.path} while {doing}: {reason}; {self.how_to_go_on()}")
 
 
+def saves_states_of(manifest: Mapping[str, object]) -> bool:
+    """Return whether the run of a manifest saves states to resume from.
+
+    Raises:
+        ConfigError: If its interval is none.
+    """
+    config = manifest.get("config")
+    interval = config.get("resume_every", "0") if isinstance(config, dict) else "0"
+    return ResumeInterval.parse(str(interval)).is_on
+
+
 def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     if not folder.is_dir():
         return []
     matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def _remove_unborn(path: Path) -> None:
+    """Remove what processes that were killed while they made this run folder have left beside it."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]{{0,8}})\.new")
+    matches = [pattern.fullmatch(entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    for match in matches:
+        if match and not _is_alive(int(match[1])):
+            remove_folder(path.with_name(match[0]))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _record(line: bytes) -> Mapping[str, object] | None:

@@ -19,7 +19,7 @@ from emtool.core.events import EventSink, Notice
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked, remove_leftovers
 from emtool.core.run_plan import RunPlan
-from emtool.engines.resuming import check_same_lineage, newest_state, rewind
+from emtool.engines.resuming import DAMAGED, check_same_lineage, newest_state, rewind
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "tokenizers")
 
@@ -109,10 +109,11 @@ def _continue(
     run: RunFolder, manifest: dict[str, Any], lineage: Mapping[str, Any], plan: RunPlan, *, on_event: EventSink
 ) -> Path | None:
     """Make the folder and its manifest those of a run that goes on; return the state that it goes on from."""
+    _check_fields(run, manifest)
     check_same_lineage(run, manifest, lineage)
     state = newest_state(run, manifest, on_event=on_event)
     step = None if state is None else int(state.name.rpartition("-")[2])
-    rewind(run, step)
+    rewind(run, step, on_event=on_event)
     if details := "; ".join(_changed_versions(manifest)):
         on_event(Notice(text=f"other package versions may give other bits: {details}", is_warning=True))
     where = "from the beginning: no state was saved before it stopped" if step is None else f"after step {step}"
@@ -122,6 +123,15 @@ def _continue(
     manifest.pop("error", None)
     run.write_manifest(manifest)
     return state
+
+
+def _check_fields(run: RunFolder, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest whose fields are not of the types that it was written with."""
+    kinds = {"run_id": str, "config": dict, "versions": dict, "resumed": list, "trajectory_breaks": list}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            value = f"{manifest.get(name)!r:.80}"
+            raise CheckpointError(f"{run.manifest_path} is damaged: its {name} is {value}; {DAMAGED}")
 
 
 def _close(run: RunFolder, manifest: Mapping[str, Any], **fields: Any) -> None:

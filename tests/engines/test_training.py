@@ -177,7 +177,7 @@ def test_a_full_disk_keeps_the_earlier_milestones(tiny_model: Path, dataset_file
     plan, rows = plan_for(tiny_model, dataset_file, tmp_path)
     try:
         with pytest.raises(
-            DiskSpaceError, match=r"no space left in .* 2 checkpoints are whole, step 4 can be resumed"
+            DiskSpaceError, match=r"no space left in .* 2 checkpoint\(s\) kept, step 4 can be resumed"
         ) as caught:
             train(plan, rows, command=[], on_event=fill_the_disk)
     finally:
