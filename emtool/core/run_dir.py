@@ -13,7 +13,7 @@ from pathlib import Path
 
 from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
 from emtool.core.resume_interval import ResumeInterval
-from emtool.core.staging import RECORD_NAME, remove_folder, retire_folder, sync
+from emtool.core.staging import RECORD_NAME, remove_unborn, retire_folder, sync, unborn_path
 
 FORMAT = 1
 
@@ -110,9 +110,9 @@ class RunFolder:
             CheckpointError: If it cannot be made.
         """
         # Under a name of this process first: a folder that is there has a manifest.
-        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
+        staging = unborn_path(self.path, os.getpid())
         try:
-            _remove_unborn(self.path)
+            remove_unborn(self.path)
             staging.mkdir(parents=True)
             write_json(staging / self.manifest_path.name, {"format": FORMAT, **manifest})
             sync(staging)
@@ -242,25 +242,6 @@ def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
         return []
     matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in matches if match)
-
-
-def _remove_unborn(path: Path) -> None:
-    """Remove what processes that were killed while they made this run folder have left beside it."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]{{0,8}})\.new")
-    matches = [pattern.fullmatch(entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    for match in matches:
-        if match and not _is_alive(int(match[1])):
-            remove_folder(path.with_name(match[0]))
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def _record(line: bytes) -> Mapping[str, object] | None:

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -181,6 +182,30 @@ def leftover_folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if path.name.startswith(".") and path.suffix == STAGING_SUFFIX)
+
+
+def unborn_path(path: Path, process: int) -> Path:
+    """Return the hidden folder in which a process makes a folder that others may be making as well."""
+    return path.with_name(f".{path.name}.{process}.new")
+
+
+def remove_unborn(path: Path) -> None:
+    """Remove what processes that were killed while they made a folder have left beside it."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]{{0,8}})\.new")
+    matches = [pattern.fullmatch(entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    for match in matches:
+        if match and not _is_alive(int(match[1])):
+            remove_folder(path.with_name(match[0]))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def file_record(path: Path) -> FileRecord:
