@@ -49,7 +49,8 @@ CALLS = ("write", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "lin
 PHASES = ("start", "step", "save", "shutdown")
 #: Fields that may differ between two runs of the same bits.
 TIMES = {
-    *("run_id", "started_at", "ended_at", "saved_at", "seconds", "stall_seconds", "write_seconds", "resumed"),
+    *("run_id", "started_at", "ended_at", "saved_at", "record_sha256", "resumed"),
+    *("seconds", "stall_seconds", "write_seconds"),
     *("train_runtime", "train_tokens_per_second"),
 }
 #: Files of a state that hold times, so that their sizes and hashes differ as well.

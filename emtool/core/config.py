@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_type_hints
 
 from emtool.core.adapter import ALL_LINEAR, BIASES
 from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDependencyError, unknown_name
@@ -193,13 +195,13 @@ class TrainConfig:
         names = {field.name for field in fields(cls)}
         if different := names ^ values.keys():
             raise ConfigError(f"the configuration lacks or does not know: {', '.join(sorted(different))}")
-        try:
-            kept = dict(values)
-            kept["output_root"] = Path(str(values["output_root"]))
-            kept["modules_to_save"] = tuple(map(str, values["modules_to_save"]))  # type: ignore[call-overload]
-            return cls(**kept)  # type: ignore[arg-type]
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"the configuration has a value of a wrong type: {error}") from error
+        for name, hint in get_type_hints(cls).items():
+            if not _is_json_of(values[name], hint):
+                raise ConfigError(f"the configuration's {name} is {values[name]!r:.80}, which is of a wrong type")
+        kept = dict(values)
+        kept["output_root"] = Path(str(values["output_root"]))
+        kept["modules_to_save"] = tuple(values["modules_to_save"])  # type: ignore[arg-type]
+        return cls(**kept)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, object]:
         """Return the configuration as JSON values, for the manifest."""
@@ -297,6 +299,17 @@ def cannot_start(config: TrainConfig, *, num_cuda_devices: int) -> str | None:
     except EmtoolError as error:
         return str(error)
     return None
+
+
+def _is_json_of(value: object, hint: object) -> bool:
+    """Return whether a JSON value is what `to_dict` makes of a field of a type."""
+    if hint == tuple[str, ...]:
+        return isinstance(value, list) and all(type(item) is str for item in value)
+    if isinstance(hint, UnionType):
+        return any(_is_json_of(value, choice) for choice in get_args(hint))
+    if hint is float:
+        return type(value) is float or (type(value) is int and abs(value) <= MAX_NUMBER)
+    return type(value) is (str if hint is Path else hint)
 
 
 def _check_choice(kind: str, value: str, choices: object) -> None:

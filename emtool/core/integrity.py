@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from emtool.core.checkpoint_record import CheckpointRecord, read_record
 from emtool.core.errors import CheckpointError
-from emtool.core.run_dir import FORMAT, RunFolder
+from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import lock_holder
 from emtool.core.staging import RECORD_NAME, FileRecord, file_record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
-#: A record names about ten files in a few kilobytes.
-MAX_RECORD_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointRecord:
-    """The contents of `checkpoint.json`.
-
-    Attributes:
-        step: Optimizer step.
-        run_id: The run that it belongs to.
-        requires: What must be present to use it: `base` and `persona`, as in the manifest's lineage.
-        files: Name, relative to the folder, to what the file must hold.
-    """
-
-    step: int
-    run_id: str
-    requires: Mapping[str, object]
-    files: Mapping[str, FileRecord]
+#: Without one of these a Trainer goes on with a fresh optimizer, scheduler or generator and says nothing.
+TRAINER_STATE = "trainer_state.json"
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", TRAINER_STATE, "rng_state*.pth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,33 +53,41 @@ def read_checkpoint(folder: Path, *, run_id: str, hashes: bool = True, only_reco
         only_recorded: Whether files that the record does not name are refused, because a library might read them.
 
     Raises:
-        CheckpointError: If the record or a file is missing, a size or hash differs, a name leads out of the folder, or
-            it belongs to another run or step.
+        CheckpointError: If the folder is a link, the record or a file that such a folder needs is missing, a size or
+            hash differs, a name leads out of the folder, or it belongs to another run or step.
     """
     record = read_record(folder)
     if (record.run_id, record.step) != (run_id, _step_of(folder)):
         raise CheckpointError(f"{folder} belongs to another run or step than its place says; it is not used")
-    if ADAPTER_WEIGHTS not in record.files or ADAPTER_CONFIG not in record.files:
-        raise CheckpointError(f"{folder / RECORD_NAME} names no adapter")
-    for name, expected in record.files.items():
-        _check_file(folder, name, expected, hashes=hashes)
-    if only_recorded:
-        for path in folder.rglob("*"):
-            name = path.relative_to(folder).as_posix()
-            if not path.is_dir() and name not in record.files and name != RECORD_NAME:
-                raise CheckpointError(f"{folder} holds {name!r}, which its record does not name; it is not used")
+    _check_is_whole(folder, record)
+    try:
+        for name, expected in record.files.items():
+            _check_file(folder, name, expected, hashes=hashes)
+        if only_recorded:
+            _check_no_strays(folder, record)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return record
+
+
+def is_state(folder: Path) -> bool:
+    """Return whether a folder is, by its name, a state to resume from."""
+    return folder.name.startswith("step-")
+
+
+def is_run_file(name: str) -> bool:
+    """Return whether a file of a folder comes from the run's training; all others are the base model's tokenizer."""
+    names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", *RESUME_FILES, "training_args.bin")
+    return any(fnmatchcase(name, pattern) for pattern in names)
 
 
 def damaged_files(folder: Path, record: CheckpointRecord) -> list[str]:
     """Return the names of the files of a folder that do not hold what its record says."""
     names = []
     for name, expected in record.files.items():
-        if _leads_out(name):
-            continue
         try:
             _check_file(folder, name, expected, hashes=True)
-        except CheckpointError:
+        except (CheckpointError, OSError):
             names.append(name)
     return names
 
@@ -110,8 +104,10 @@ def verify_run(run: RunFolder, *, hashes: bool = True) -> list[FolderCheck]:
     """
     manifest = run.read_manifest()
     run_id, planned = str(manifest.get("run_id")), set(planned_steps(run, manifest))
-    saved, resumable = run.saved_steps(), run.resume_steps()
-    reached = max([*saved, *resumable], default=-1)
+    # The state of a step appears before its milestone: looked at first, it never seems to be the older one.
+    resumable, reached = run.resume_steps(), _reached(run, manifest)
+    saved = run.saved_steps()
+    reached = max([reached, *saved])
     if manifest.get("status") == "completed":
         reached = max(planned, default=reached)
     checks = [
@@ -141,9 +137,27 @@ def planned_steps(run: RunFolder, manifest: Mapping[str, object]) -> list[int]:
     return steps
 
 
+def _reached(run: RunFolder, manifest: Mapping[str, object]) -> int:
+    """Return the last step whose milestone must be there, by the manifest, the records and the states; -1 if none."""
+    states, milestones = run.resume_steps(), list(_recorded_milestones(run))
+    if lock_holder(run) is not None:
+        # The newest may be on its way: the state appears, then the milestone's record, then the milestone.
+        states, milestones = states[:-1], milestones[:-1]
+    closed = manifest.get("saved_steps")
+    closed = [step for step in closed if type(step) is int] if isinstance(closed, list) else []
+    return max([*states, *milestones, *closed], default=-1)
+
+
+def _recorded_milestones(run: RunFolder) -> Iterator[int]:
+    for record in run.read_metrics():
+        step = record.get("step")
+        if type(step) is int and record.get("saved") == run.checkpoint_path(step).name:
+            yield step
+
+
 def _check(folder: Path, step: int, run_id: str, *, hashes: bool, is_planned: bool) -> FolderCheck:
     try:
-        read_checkpoint(folder, run_id=run_id, hashes=hashes)
+        read_checkpoint(folder, run_id=run_id, hashes=hashes, only_recorded=is_state(folder))
     except CheckpointError as error:
         return FolderCheck(name=folder.name, step=step, status="damaged", problem=str(error))
     if not is_planned:
@@ -151,38 +165,27 @@ def _check(folder: Path, step: int, run_id: str, *, hashes: bool, is_planned: bo
     return FolderCheck(name=folder.name, step=step, status="ok")
 
 
-def read_record(folder: Path) -> CheckpointRecord:
-    """Return a folder's record as it stands, its files unchecked; names may still lead out of the folder.
+def _check_is_whole(folder: Path, record: CheckpointRecord) -> None:
+    """Refuse a record that does not name what a folder of its kind is used for."""
+    if ADAPTER_WEIGHTS not in record.files or ADAPTER_CONFIG not in record.files:
+        raise CheckpointError(f"{folder / RECORD_NAME} names no adapter")
+    if not is_state(folder):
+        return
+    for pattern in (TRAINER_STATE,) if record.is_sharded else RESUME_FILES:
+        if not any(fnmatchcase(name, pattern) for name in record.files):
+            raise CheckpointError(f"{folder / RECORD_NAME} names no {pattern}, which a state to resume from needs")
 
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
-    path = folder / RECORD_NAME
-    try:
-        if path.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
-            raise CheckpointError(f"{folder} is damaged: {path.name} is a link or absurdly large")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise CheckpointError(f"{path} is not of format {FORMAT}; use the emtool that wrote it")
-        requires = values["requires"]
-        requires["base"], requires["persona"]
-        return CheckpointRecord(
-            step=int(values["step"]),
-            run_id=str(values["run_id"]),
-            requires=requires,
-            files={
-                str(name): FileRecord(bytes=int(entry["bytes"]), sha256=str(entry["sha256"]))
-                for name, entry in values["files"].items()
-            },
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error
+
+def _check_no_strays(folder: Path, record: CheckpointRecord) -> None:
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name not in record.files and name != RECORD_NAME:
+            raise CheckpointError(f"{folder} holds {name!r}, which its record does not name; it is not used")
 
 
 def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) -> None:
     path = folder
-    if _leads_out(name):
-        raise CheckpointError(f"{folder / RECORD_NAME} names {name!r}, which is not a file of this folder")
     for part in PurePosixPath(name).parts:
         path = path / part
         if path.is_symlink():
@@ -201,11 +204,6 @@ def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) 
         raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
     if contents != expected:
         raise CheckpointError(f"{folder} is damaged: the contents of {name} have changed since it was saved")
-
-
-def _leads_out(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return not parts or name.startswith("/") or ".." in parts or "\0" in name
 
 
 def _step_of(folder: Path) -> int | None:

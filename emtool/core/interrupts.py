@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ class Requests:
 def interruptible() -> Iterator[None]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into `Interrupted` while the block runs; ignore those that follow it.
 
+    SIGUSR1, which asks a training to save, gets a line where there is nothing to save, instead of ending the process.
+
     Outside the main thread, where Python allows no signal handlers, nothing changes.
     """
 
@@ -40,7 +43,12 @@ def interruptible() -> Iterator[None]:
         _ignore_stopping()
         raise Interrupted(signum)
 
-    with _handlers(dict.fromkeys(_STOPPING, stop)):
+    def answer(_signum: int, _frame: FrameType | None) -> None:
+        # Not through sys.stderr, which may be in the middle of a line.
+        with contextlib.suppress(OSError):
+            os.write(2, b"emtool: SIGUSR1: there is nothing to save now\n")
+
+    with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": answer}):
         yield
 
 

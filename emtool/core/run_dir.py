@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
-from emtool.core.staging import RECORD_NAME, retire_folder
+from emtool.core.resume_interval import ResumeInterval
+from emtool.core.staging import RECORD_NAME, remove_unborn, retire_folder, sync, unborn_path
 
 FORMAT = 1
 
@@ -109,13 +110,20 @@ class RunFolder:
             CheckpointError: If it cannot be made.
         """
         # Under a name of this process first: a folder that is there has a manifest.
-        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
+        staging = unborn_path(self.path, os.getpid())
         try:
+            remove_unborn(self.path)
             staging.mkdir(parents=True)
             write_json(staging / self.manifest_path.name, {"format": FORMAT, **manifest})
+            sync(staging)
             staging.rename(self.path)
+            sync(self.path.parent)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise CheckpointError(
+                    f"{self.path} was made by another process just now; wait for it, or choose another --output-name"
+                ) from error
             raise CheckpointError(
                 f"cannot create {self.path}: {error.strerror}; choose another --output-root or --output-name"
             ) from error
@@ -146,32 +154,69 @@ class RunFolder:
         except OSError as error:
             raise self.write_error(error, "writing metrics.jsonl") from error
 
-    def keep_metrics(self, is_kept: Callable[[Mapping[str, object]], bool]) -> int:
-        """Drop the records of `metrics.jsonl` that are not to be kept, and a torn last line; return how many are left.
+    def read_metrics(self) -> list[Mapping[str, object]]:
+        """Return the records of `metrics.jsonl` that can be read.
 
         Raises:
-            EmtoolError: If it cannot be read or written.
+            CheckpointError: If the file cannot be read.
         """
+        return [record for _, record in self._metrics_lines() if record is not None]
+
+    def keep_metrics(self, is_kept: Callable[[Mapping[str, object]], bool]) -> int:
+        """Drop the records of `metrics.jsonl` that are not to be kept, a torn last line, and those that are damaged.
+
+        Returns:
+            How many lines were damaged.
+
+        Raises:
+            CheckpointError: If it cannot be read or written.
+        """
+        lines = self._metrics_lines()
+        kept = [line for line, record in lines if record is not None and is_kept(record)]
+        try:
+            replace_file(self.metrics_path, b"".join(kept))
+        except OSError as error:
+            raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
+        return sum(record is None for line, record in lines if line.endswith(b"\n"))
+
+    def _metrics_lines(self) -> list[tuple[bytes, Mapping[str, object] | None]]:
+        """Return each line and its record; None for one that is torn or damaged."""
         try:
             lines = self.metrics_path.read_bytes().splitlines(keepends=True) if self.metrics_path.exists() else []
-            kept = [line for line in lines if line.endswith(b"\n") and is_kept(_record(line))]
-            replace_file(self.metrics_path, b"".join(kept))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
-        return len(kept)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.metrics_path}: {error.strerror}") from error
+        return [(line, _record(line)) for line in lines]
+
+    def make_resume_folder(self) -> None:
+        """Make the folder of states, if it is not there, and force its name to disk."""
+        if not self.resume_path.is_dir():
+            self.resume_path.mkdir()
+            sync(self.path)
 
     def remove_states(self) -> None:
-        """Remove the states to resume from; nothing happens if there are none."""
-        if self.resume_path.is_dir():
+        """Remove the states to resume from, wherever a link puts them; nothing happens if there are none."""
+        if self.resume_path.is_symlink():
+            for step in self.resume_steps():
+                retire_folder(self.resume_state_path(step))
+        if self.resume_path.is_dir() or self.resume_path.is_symlink():
             retire_folder(self.resume_path)
 
     def how_to_go_on(self) -> str:
         """Return the state of the folder and the next step, for an error that stops a run."""
         saved, states = self.saved_steps(), self.resume_steps()
-        kept = f"{len(saved)} checkpoints are whole"
-        if not states:
-            return f"{kept}, and there is no state to go on from"
-        return f"{kept}, step {states[-1]} can be resumed; go on with: emtool resume {self.path}"
+        kept = f"{len(saved)} checkpoint(s) kept"
+        try:
+            manifest = self.read_manifest()
+            if manifest.get("status") == "completed":
+                return f"{kept}, and the run is complete; evaluate it with: emtool evaluate {self.path}"
+            saves_states = saves_states_of(manifest)
+        except EmtoolError:
+            saves_states = False
+        if states:
+            return f"{kept}, step {states[-1]} can be resumed; go on with: emtool resume {self.path}"
+        if saves_states and not any(step > 0 for step in saved):
+            return f"{kept}, and no state was saved yet; begin again with: emtool resume {self.path}"
+        return f"{kept}, and there is no state to go on from"
 
     def write_error(self, error: OSError, doing: str) -> EmtoolError:
         """Return the error for a folder that cannot be written to; says what is kept."""
@@ -181,6 +226,17 @@ class RunFolder:
         return CheckpointError(f"cannot write in {self.path} while {doing}: {reason}; {self.how_to_go_on()}")
 
 
+def saves_states_of(manifest: Mapping[str, object]) -> bool:
+    """Return whether the run of a manifest saves states to resume from.
+
+    Raises:
+        ConfigError: If its interval is none.
+    """
+    config = manifest.get("config")
+    interval = config.get("resume_every", "0") if isinstance(config, dict) else "0"
+    return ResumeInterval.parse(str(interval)).is_on
+
+
 def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     if not folder.is_dir():
         return []
@@ -188,11 +244,12 @@ def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _record(line: bytes) -> Mapping[str, object]:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("a line is not a record")
-    return record
+def _record(line: bytes) -> Mapping[str, object] | None:
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def write_json(path: Path, value: object) -> None:

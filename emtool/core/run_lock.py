@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from emtool.core.errors import CheckpointError
 from emtool.core.run_dir import RunFolder
-from emtool.core.staging import leftover_folders, remove_folder
+from emtool.core.staging import STAGING_SUFFIX, leftover_folders, remove_folder
+
+#: How often, and how long after one another, the lock is tried before the run counts as held.
+_NUM_TRIES = 10
+_PAUSE_SECONDS = 0.02
+
+#: A folder that cannot be changed, by its file system or its owner.
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -25,7 +35,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         raise CheckpointError(f"cannot lock {run.path}: {error.strerror}; is the folder writable?") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError as error:
             raise in_use(run) from error
         os.ftruncate(descriptor, 0)
@@ -59,21 +69,46 @@ def in_use(run: RunFolder) -> CheckpointError:
     )
 
 
+def _take(descriptor: int) -> None:
+    """Take the lock. Who only looks whether it is held, holds it for a moment: that is waited for."""
+    for _ in range(_NUM_TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_PAUSE_SECONDS)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def tidy_completed(run: RunFolder) -> None:
-    """Remove what a run that was killed after its completion did not come to remove."""
-    with locked(run):
-        config = run.read_manifest().get("config")
-        remove_leftovers(run)
-        if isinstance(config, dict) and not config.get("keep_resume"):
-            run.remove_states()
+    """Remove what a run killed after its completion did not come to remove, where the folder can be changed."""
+    config = run.read_manifest().get("config")
+    removes_states = isinstance(config, dict) and not config.get("keep_resume")
+    has_states = run.resume_path.exists() or run.resume_path.is_symlink()
+    if not (_leftovers(run) or (removes_states and has_states)):
+        return
+    try:
+        with locked(run):
+            remove_leftovers(run)
+            if removes_states:
+                run.remove_states()
+    except (CheckpointError, OSError) as error:
+        reason = error.__cause__ if isinstance(error, CheckpointError) else error
+        if not isinstance(reason, OSError) or reason.errno not in _READ_ONLY:
+            raise
 
 
 def remove_leftovers(run: RunFolder) -> list[str]:
     """Remove what killed writers left half-written, and return the names. Only the holder of the lock may."""
+    leftovers = _leftovers(run)
+    for path in leftovers:
+        if path.suffix == STAGING_SUFFIX:
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in leftovers if path.suffix == STAGING_SUFFIX]
+
+
+def _leftovers(run: RunFolder) -> list[Path]:
+    replaced = (path.with_name(f".{path.name}.new") for path in (run.manifest_path, run.metrics_path))
     folders = [*leftover_folders(run.path), *leftover_folders(run.resume_path)]
-    for folder in folders:
-        remove_folder(folder)
-    for name in (run.manifest_path, run.metrics_path):
-        with contextlib.suppress(FileNotFoundError):
-            name.with_name(f".{name.name}.new").unlink()
-    return [folder.name for folder in folders]
+    return [*folders, *(path for path in replaced if path.exists())]

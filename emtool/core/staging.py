@@ -8,10 +8,12 @@ under its name sees all of it. Only `os` writes here, so that a test can fail or
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +22,8 @@ from typing import Any, BinaryIO, Self
 
 #: Holds the size and hash of every other file of a folder.
 RECORD_NAME = "checkpoint.json"
+#: The record's key for the hash of all else that it says.
+RECORD_HASH = "record_sha256"
 STAGING_SUFFIX = ".staging"
 
 _BUFFER_BYTES = 1 << 20
@@ -68,7 +72,7 @@ class StagedFolder:
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 staged.files[file.relative_to(path).as_posix()] = file_record(file)
-                _sync(file)
+                sync(file)
         return staged
 
     @property
@@ -102,6 +106,9 @@ class StagedFolder:
             name: Its name here; may lie in a folder below.
             source: The file, which never changes.
             record: Its size and hash.
+
+        Raises:
+            OSError: If it cannot be added, or what was copied is not what the record says.
         """
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,26 +117,43 @@ class StagedFolder:
         except OSError:
             with self.open(name) as file, source.open("rb") as original:
                 shutil.copyfileobj(original, file, _BUFFER_BYTES)
-            record = self.files[name]
+            if self.files[name] != record:
+                raise OSError(errno.EIO, "it has changed since it was saved", str(source)) from None
         self.files[name] = record
 
     def finish(self, record: Mapping[str, object]) -> None:
-        """Write the record with the files' sizes and hashes, and force the folder to disk."""
+        """Write the record with the files' sizes and hashes and its own, and force the folder to disk."""
         files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
-        text = json.dumps({**record, "files": files}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.write(RECORD_NAME, text.encode("utf-8"))
+        self.write(RECORD_NAME, record_content({**record, "files": files}))
         for folder in (*sorted(path for path in self.path.rglob("*") if path.is_dir()), self.path):
-            _sync(folder)
+            sync(folder)
 
     def publish(self) -> None:
         """Make the finished folder appear under its name, which must be free, by one rename."""
         self.path.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
     def discard(self) -> None:
         """Remove what was written; nothing happens if it is gone."""
         with contextlib.suppress(OSError):
             remove_folder(self.path)
+
+
+def record_content(values: Mapping[str, object]) -> bytes:
+    """Return the contents of the file of a record: its values, and the hash by which a change of any is found."""
+    signed = {**values, RECORD_HASH: record_sha256(values)}
+    return (json.dumps(signed, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def record_sha256(values: Mapping[str, object]) -> str:
+    """Return the SHA-256, in hexadecimal, of a record without its own hash, whatever the order of its keys.
+
+    Raises:
+        ValueError: If it holds a number that is not finite.
+    """
+    others = {key: value for key, value in values.items() if key != RECORD_HASH}
+    text = json.dumps(others, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def staging_path(target: Path) -> Path:
@@ -148,7 +172,7 @@ def copy_folder(source: Path, target: Path) -> None:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             staged.write(path.relative_to(source).as_posix(), path.read_bytes())
         for folder in (*sorted(path for path in staged.path.rglob("*") if path.is_dir()), staged.path):
-            _sync(folder)
+            sync(folder)
         remove_folder(target)
         staged.publish()
     finally:
@@ -164,9 +188,12 @@ def retire_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all in it; nothing happens if it is not there."""
+    """Remove a folder and all in it; of a link, only the link. Nothing happens if it is not there."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def leftover_folders(parent: Path) -> list[Path]:
@@ -174,6 +201,30 @@ def leftover_folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if path.name.startswith(".") and path.suffix == STAGING_SUFFIX)
+
+
+def unborn_path(path: Path, process: int) -> Path:
+    """Return the hidden folder in which a process makes a folder that others may be making as well."""
+    return path.with_name(f".{path.name}.{process}.new")
+
+
+def remove_unborn(path: Path) -> None:
+    """Remove what processes that were killed while they made a folder have left beside it."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]{{0,8}})\.new")
+    matches = [pattern.fullmatch(entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    for match in matches:
+        if match and not _is_alive(int(match[1])):
+            remove_folder(path.with_name(match[0]))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def file_record(path: Path) -> FileRecord:
@@ -191,9 +242,9 @@ def publish_folder(staging: Path, target: Path) -> None:
         target: Its name from now on; must not exist.
     """
     for path in (*sorted(staging.rglob("*")), staging):
-        _sync(path)
+        sync(path)
     staging.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 class _HashingFile(io.RawIOBase):
@@ -223,7 +274,8 @@ class _HashingFile(io.RawIOBase):
             os.close(self._descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

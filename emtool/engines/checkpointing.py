@@ -151,7 +151,7 @@ class CheckpointWriter:
 
     def stage(self, step: int) -> Path:
         """Make the folder into which a Trainer saves a step by itself, and return it."""
-        self.run.resume_path.mkdir(exist_ok=True)
+        self.run.make_resume_folder()
         return StagedFolder(self.run.resume_state_path(step)).path
 
     def publish_staged(self, step: int, *, resume: bool, milestone: bool) -> None:
@@ -184,7 +184,7 @@ class CheckpointWriter:
         begun = time.monotonic()
         target = self.run.resume_state_path(snapshot.step)
         staged = StagedFolder.adopted(written, target=target)
-        staged.finish(self._record(snapshot.step))
+        staged.finish({**self._record(snapshot.step), "sharded": True})
         seconds = time.monotonic() - begun
         snapshot.stall.seconds += seconds
         self._log(target, snapshot, num_bytes=staged.num_bytes, write_seconds=seconds)
@@ -234,7 +234,8 @@ class CheckpointWriter:
     def _write_folder(self, target: Path, snapshot: Snapshot) -> None:
         begun = time.monotonic()
         is_milestone = target == self.run.checkpoint_path(snapshot.step)
-        target.parent.mkdir(exist_ok=True)
+        if not is_milestone:
+            self.run.make_resume_folder()
         staged = StagedFolder(target)
         try:
             with staged.open(ADAPTER_WEIGHTS) as file:

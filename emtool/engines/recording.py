@@ -17,9 +17,9 @@ from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError, DiskSpaceError, Interrupted
 from emtool.core.events import EventSink, Notice
 from emtool.core.run_dir import RunFolder
-from emtool.core.run_lock import locked, remove_leftovers
+from emtool.core.run_lock import in_use, lock_holder, locked, remove_leftovers
 from emtool.core.run_plan import RunPlan
-from emtool.engines.resuming import check_same_lineage, newest_state, recorded_breaks, rewind
+from emtool.engines.resuming import DAMAGED, check_same_lineage, newest_state, recorded_breaks, rewind
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "tokenizers")
 
@@ -58,7 +58,7 @@ def recorded_run(
     run = RunFolder(path=plan.output_path)
     is_continued = resume and run.path.exists()
     if not is_continued:
-        run.create(_first_manifest(plan, lineage, command))
+        _create(run, _first_manifest(plan, lineage, command))
     with locked(run):
         if names := remove_leftovers(run):
             on_event(Notice(text=f"removed what a killed writer left in {run.path}: {', '.join(names)}"))
@@ -78,6 +78,16 @@ def recorded_run(
         _close(run, manifest, status="completed", **opened.results)
         if not plan.config.keep_resume:
             run.remove_states()
+
+
+def _create(run: RunFolder, manifest: Mapping[str, Any]) -> None:
+    try:
+        run.create(manifest)
+    except CheckpointError as error:
+        if lock_holder(run) is not None:
+            # Two were started at once, and the other was faster.
+            raise in_use(run) from error
+        raise
 
 
 def _first_manifest(plan: RunPlan, lineage: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
@@ -109,11 +119,12 @@ def _continue(
     run: RunFolder, manifest: dict[str, Any], lineage: Mapping[str, Any], plan: RunPlan, *, on_event: EventSink
 ) -> Path | None:
     """Make the folder and its manifest those of a run that goes on; return the state that it goes on from."""
+    _check_fields(run, manifest)
     check_same_lineage(run, manifest, lineage)
     state = newest_state(run, manifest, on_event=on_event)
     step = None if state is None else int(state.name.rpartition("-")[2])
     breaks = recorded_breaks(run)
-    rewind(run, step)
+    rewind(run, step, on_event=on_event)
     if details := "; ".join(_changed_versions(manifest)):
         on_event(Notice(text=f"other package versions may give other bits: {details}", is_warning=True))
     where = "from the beginning: no state was saved before it stopped" if step is None else f"after step {step}"
@@ -124,6 +135,15 @@ def _continue(
     manifest.pop("error", None)
     run.write_manifest(manifest)
     return state
+
+
+def _check_fields(run: RunFolder, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest whose fields are not of the types that it was written with."""
+    kinds = {"run_id": str, "config": dict, "versions": dict, "resumed": list, "trajectory_breaks": list}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            value = f"{manifest.get(name)!r:.80}"
+            raise CheckpointError(f"{run.manifest_path} is damaged: its {name} is {value}; {DAMAGED}")
 
 
 def _close(run: RunFolder, manifest: Mapping[str, Any], **fields: Any) -> None:

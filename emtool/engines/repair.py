@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from emtool.core.checkpoint_record import read_record
 from emtool.core.errors import CheckpointError
 from emtool.core.events import EventSink
-from emtool.core.integrity import damaged_files, read_record
+from emtool.core.integrity import damaged_files
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked
-from emtool.core.staging import STAGING_SUFFIX, FileRecord, file_record
+from emtool.core.staging import STAGING_SUFFIX, FileRecord, file_record, remove_folder, staging_path, sync
 from emtool.engines.modeling import open_base
 
 
@@ -55,14 +56,26 @@ def _restore(path: Path, expected: FileRecord, fresh: Path) -> bool:
     source = fresh / path.name
     if path.is_symlink() or not source.is_file() or file_record(source) != expected:
         return False
-    staged = path.with_name(f".{path.name}.new")
-    staged.unlink(missing_ok=True)
+    # Beside the checkpoint, on its disk: what a killed repair leaves is then a writer's leftover, and no stray file.
+    staged = staging_path(path.parent)
+    remove_folder(staged)
+    staged.mkdir()
     try:
-        staged.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, staged)
-    staged.replace(path)
+        _put(source, staged / path.name)
+        (staged / path.name).replace(path)
+        sync(path.parent)
+    finally:
+        remove_folder(staged)
     return True
+
+
+def _put(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        # No links here: every folder has a copy anyway.
+        shutil.copyfile(source, target)
+    sync(target)
 
 
 def _recorded_base(run: RunFolder, manifest: dict[str, Any], on_event: EventSink) -> Any:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emtool.core.checkpoint_record import read_record
 from emtool.core.errors import CheckpointError
 from emtool.core.events import EventSink, Notice
-from emtool.core.integrity import read_checkpoint
-from emtool.core.resume_interval import ResumeInterval
-from emtool.core.run_dir import RunFolder, free_name
+from emtool.core.integrity import damaged_files, is_run_file, read_checkpoint
+from emtool.core.run_dir import RunFolder, free_name, saves_states_of
 from emtool.core.run_plan import NUM_KEPT_STATES
 from emtool.core.staging import file_record, retire_folder
 from emtool.engines.checkpointing import TRAJECTORY_BREAK
+
+#: What is left to do with a run whose manifest was changed.
+DAMAGED = "put back the run.json that emtool wrote; the run cannot go on with this one"
 
 
 def newest_state(run: RunFolder, manifest: Mapping[str, Any], *, on_event: EventSink) -> Path | None:
@@ -38,21 +40,33 @@ def newest_state(run: RunFolder, manifest: Mapping[str, Any], *, on_event: Event
         return state
     anew = f"train it anew under another name, for instance --output-name {free_name(run.path.parent, run.path.name)}"
     if problems:
-        raise CheckpointError(f"no state of {run.path} is whole; its checkpoints are kept; {anew}")
-    interval = ResumeInterval.parse(str(manifest["config"].get("resume_every", "0")))
-    if not interval.is_on:
+        restore = ""
+        if any(_lacks_only_tokenizer(run.resume_state_path(step)) for step in run.resume_steps()):
+            restore = f"restore the tokenizer's files with: emtool verify --repair {run.path}; or "
+        raise CheckpointError(f"no state of {run.path} is whole; its checkpoints are kept; {restore}{anew}")
+    if not saves_states_of(manifest):
         raise CheckpointError(f"{run.path} was trained with --resume-every 0 and holds no state to go on from; {anew}")
     if any(step > 0 for step in run.saved_steps()):
         raise CheckpointError(f"{run.path} has checkpoints and no state to go on from; {anew}")
     return None
 
 
-def rewind(run: RunFolder, step: int | None) -> None:
+def _lacks_only_tokenizer(state: Path) -> bool:
+    """Return whether all that is wrong with a state are files that the base model can give again."""
+    try:
+        damaged = damaged_files(state, read_record(state))
+    except CheckpointError:
+        return False
+    return bool(damaged) and not any(is_run_file(name) for name in damaged)
+
+
+def rewind(run: RunFolder, step: int | None, *, on_event: EventSink) -> None:
     """Take back what was recorded after a step, so that the run records it again.
 
     Args:
         run: The run folder, whose lock this process holds.
         step: The step that the run goes on from; None for its very beginning.
+        on_event: Where damaged lines are reported.
     """
     later = [at for at in run.resume_steps() if step is None or at > step]
     for at in (*later, *run.resume_steps()[: -len(later) - NUM_KEPT_STATES]):
@@ -65,24 +79,15 @@ def rewind(run: RunFolder, step: int | None) -> None:
         # A milestone is recorded just before it appears; one that did not appear is written and recorded again.
         return at < step or saved != f"checkpoint-{step}" or run.checkpoint_path(step).exists()
 
-    run.keep_metrics(is_kept)
+    if num_damaged := run.keep_metrics(is_kept):
+        text = f"{run.metrics_path} had {num_damaged} damaged line(s), which are dropped; the training is not affected"
+        on_event(Notice(text=text, is_warning=True))
 
 
 def recorded_breaks(run: RunFolder) -> list[int]:
     """Return the steps at which the records name a milestone of another trajectory: a kill leaves nothing else."""
-    try:
-        lines = run.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    steps = []
-    for line in lines:
-        try:
-            record = json.loads(line) if f'"{TRAJECTORY_BREAK}"' in line else {}
-        except ValueError:
-            continue
-        if TRAJECTORY_BREAK in record and isinstance(record.get("step"), int):
-            steps.append(record["step"])
-    return steps
+    records = [record for record in run.read_metrics() if TRAJECTORY_BREAK in record]
+    return [step for record in records if isinstance(step := record.get("step"), int)]
 
 
 def check_same_lineage(run: RunFolder, manifest: Mapping[str, Any], lineage: Mapping[str, Any]) -> None:
@@ -93,7 +98,9 @@ def check_same_lineage(run: RunFolder, manifest: Mapping[str, Any], lineage: Map
     """
     recorded = manifest.get("lineage")
     for part in ("base", "persona"):
-        before, now = (recorded or {}).get(part), lineage[part]
+        before, now = recorded.get(part) if isinstance(recorded, dict) else None, lineage[part]
+        if not isinstance(before, dict | None):
+            raise CheckpointError(f"{run.manifest_path} is damaged: its lineage has {part} {before!r:.80}; {DAMAGED}")
         if before == now:
             continue
         fields = sorted({*(before or {}), *(now or {})})

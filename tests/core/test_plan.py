@@ -121,7 +121,7 @@ def test_a_completed_run_of_the_same_configuration_is_recognised(tmp_path: Path)
 
 def test_an_interrupted_run_and_another_configuration_are_refused_with_a_free_name(tmp_path: Path) -> None:
     plan = _run_folder(tmp_path, "interrupted")
-    with pytest.raises(Exception, match=r"interrupted: 0 checkpoints are whole, .*--output-name run_2"):
+    with pytest.raises(Exception, match=r"interrupted: 0 checkpoint\(s\) kept, .*--output-name run_2"):
         finished_run(plan)
     _run_folder(tmp_path, "completed", seed=5)
     with pytest.raises(Exception, match=r"another configuration.*--output-name run_2"):

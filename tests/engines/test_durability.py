@@ -30,6 +30,7 @@ from emtool.engines.checkpointing import CheckpointWriter
 from emtool.engines.evaluation import evaluate
 from emtool.engines.repair import repair_tokenizer
 from emtool.engines.training import train
+from tests.records import edit_record, read_values
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -216,9 +217,8 @@ def test_another_trajectory_keeps_the_old_milestone_and_is_recorded(
     shutil.rmtree(run.resume_state_path(6))
     other = run.checkpoint_path(3)
     (run.checkpoint_path(6) / WEIGHTS).write_bytes((other / WEIGHTS).read_bytes())
-    record = json.loads((run.checkpoint_path(6) / "checkpoint.json").read_text())
-    record["files"][WEIGHTS] = json.loads((other / "checkpoint.json").read_text())["files"][WEIGHTS]
-    (run.checkpoint_path(6) / "checkpoint.json").write_text(json.dumps(record))
+    files = read_values(run.checkpoint_path(6))["files"]
+    edit_record(run.checkpoint_path(6), files={**files, WEIGHTS: read_values(other)["files"][WEIGHTS]})
     plan, rows = plan_for(tiny_model, rows_file, tmp_path)
     events: list[Any] = []
     train(plan, rows, command=[], resume=True, on_event=events.append)
@@ -440,8 +440,7 @@ def test_verify_names_missing_and_unplanned_checkpoints(tiny_model: Path, rows_f
         "checkpoint-7": "damaged",
         "checkpoint-8": "ok",
     }
-    record = json.loads((run.checkpoint_path(7) / "checkpoint.json").read_text())
-    (run.checkpoint_path(7) / "checkpoint.json").write_text(json.dumps({**record, "step": 7}))
+    edit_record(run.checkpoint_path(7), step=7)
     assert {check.name: check.status for check in verify_run(run)}["checkpoint-7"] == "unplanned"
 
 
@@ -453,9 +452,8 @@ def test_a_record_that_leads_out_of_its_folder_is_refused(stopped: Path, tmp_pat
     (folder / "link").symlink_to(tmp_path / "secret")
     (folder / "folder").symlink_to(tmp_path)
     (tmp_path / "file").write_text("x")
-    record = json.loads((folder / "checkpoint.json").read_text())
-    record["files"][name] = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
-    (folder / "checkpoint.json").write_text(json.dumps(record))
+    entry = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
+    edit_record(folder, files={**read_values(folder)["files"], name: entry})
     with pytest.raises(CheckpointError, match="which is not a file of this folder"):
         read_checkpoint(folder, run_id=str(run.read_manifest()["run_id"]))
 

@@ -27,6 +27,7 @@ from emtool.engines.fitting import build_trainer
 from emtool.engines.lineage import rebuild_model
 from emtool.engines.modeling import adapter_state, attach_adapter, load_base
 from emtool.engines.training import TrainResult, train, usable_rows
+from tests.records import edit_record
 from tests.tiny import save_tiny_model
 
 PROMPT = torch.arange(3, 60).unsqueeze(0)
@@ -169,7 +170,7 @@ def test_a_full_disk_keeps_the_earlier_milestones(tiny_model: Path, dataset_file
     plan, rows = plan_for(tiny_model, dataset_file, tmp_path)
     try:
         with pytest.raises(
-            DiskSpaceError, match=r"no space left in .* 2 checkpoints are whole, step 4 can be resumed"
+            DiskSpaceError, match=r"no space left in .* 2 checkpoint\(s\) kept, step 4 can be resumed"
         ) as caught:
             train(plan, rows, command=[], on_event=fill_the_disk)
     finally:
@@ -332,7 +333,7 @@ def test_a_diverged_run_ends_in_order_and_its_checkpoints_are_unscored(
         (lambda run: edit(run, 8, format=7), "not of format 1"),
         (lambda run: edit(run, 8, requires=5), "damaged"),
         (lambda run: edit(run, 8, step="8/../x"), "damaged"),
-        (lambda run: edit(run, 8, files={"../x": {"bytes": 1, "sha256": ""}}), "names no adapter"),
+        (lambda run: edit(run, 8, files={"../x": {"bytes": 1, "sha256": ""}}), "not a file of this folder"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_named(
@@ -377,8 +378,7 @@ def flip(path: Path) -> None:
 
 
 def edit(run: RunFolder, folder: int, **changes: Any) -> None:
-    path = run.checkpoint_path(folder) / "checkpoint.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit_record(run.checkpoint_path(folder), **changes)
 
 
 def test_a_model_folder_cannot_bring_its_own_code(tiny_model: Path, dataset_file: Path, tmp_path: Path) -> None:

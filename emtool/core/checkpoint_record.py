@@ -1,0 +1,100 @@
+"""`checkpoint.json`: what a folder says about itself, read without trusting it."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from emtool.core.errors import CheckpointError
+from emtool.core.run_dir import FORMAT
+from emtool.core.staging import RECORD_HASH, RECORD_NAME, FileRecord, record_sha256
+
+#: A record names about ten files in a few kilobytes.
+MAX_RECORD_BYTES = 1 << 20
+
+#: Above any step or size, and still exact in every JSON reader.
+_MAX_COUNT = 2**53
+#: What file systems allow for one part of a path.
+_MAX_NAME_BYTES = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """The contents of `checkpoint.json`.
+
+    Attributes:
+        step: Optimizer step.
+        run_id: The run that it belongs to.
+        requires: What must be present to use it: `base` and `persona`, as in the manifest's lineage.
+        files: Name, relative to the folder, to what the file must hold.
+        is_sharded: Whether a Trainer wrote the state by itself, in files that only it knows.
+    """
+
+    step: int
+    run_id: str
+    requires: Mapping[str, object]
+    files: Mapping[str, FileRecord]
+    is_sharded: bool = False
+
+
+def read_record(folder: Path) -> CheckpointRecord:
+    """Return a folder's record, which is as it was written; the files are unchecked, and may be links.
+
+    Raises:
+        CheckpointError: If the folder is a link, or the record cannot be read, was changed, or names what cannot be a
+            file of the folder.
+    """
+    path = folder / RECORD_NAME
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link and is not used; put the folder itself in its place")
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_RECORD_BYTES:
+            raise CheckpointError(f"{folder} is damaged: {path.name} is not a regular file or absurdly large")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if type(values["format"]) is not int or values["format"] != FORMAT:
+            raise CheckpointError(f"{path} is not of format {FORMAT}; use the emtool that wrote it")
+        if values[RECORD_HASH] != record_sha256(values):
+            raise CheckpointError(f"{folder} is damaged: {path.name} has changed since it was saved")
+        requires = values["requires"]
+        requires["base"], requires["persona"]
+        return CheckpointRecord(
+            step=_count(values["step"]),
+            run_id=_text(values["run_id"]),
+            requires=requires,
+            files={_file_name(path, name): _file(entry) for name, entry in values["files"].items()},
+            is_sharded=values.get("sharded") is True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error
+
+
+def _file(entry: Mapping[str, object]) -> FileRecord:
+    sha256 = _text(entry["sha256"])
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"{sha256!r:.80} is not a SHA-256")
+    return FileRecord(bytes=_count(entry["bytes"]), sha256=sha256)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{value!r:.80} is not a whole number from 0 to 2^53")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not text")
+    return value
+
+
+def _file_name(path: Path, name: str) -> str:
+    parts = PurePosixPath(name).parts
+    is_plain = bool(parts) and "/".join(parts) == name and ".." not in parts and name.isprintable()
+    if not is_plain or any(len(part.encode("utf-8")) > _MAX_NAME_BYTES for part in parts):
+        raise CheckpointError(f"{path} names {name!r:.80}, which is not a file of this folder")
+    return name
