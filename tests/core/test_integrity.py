@@ -125,6 +125,8 @@ def test_strange_names_are_their_folders_problem(run: RunFolder, name: str) -> N
     folder = run.resume_state_path(10)
     files = read_values(folder)["files"]
     edit_record(folder, files={**files, name: files["optimizer.pt"]})
+    with pytest.raises(CheckpointError, match="which is not a file of this folder"):
+        read_record(folder)
     assert statuses(run) == {"step-10": "damaged"}
 
 
@@ -140,12 +142,19 @@ def test_a_record_that_is_a_pipe_does_not_hang(run: RunFolder) -> None:
     path = run.checkpoint_path(5) / RECORD_NAME
     path.unlink()
     os.mkfifo(path)
-    watcher = threading.Timer(10, lambda: os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK)))
+    is_released = threading.Event()
+
+    def release() -> None:
+        is_released.set()
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+
+    watcher = threading.Timer(10, release)
     watcher.start()
     try:
         assert statuses(run) == {"checkpoint-5": "damaged"}
     finally:
         watcher.cancel()
+    assert not is_released.is_set(), "it waited for a writer of the pipe"
 
 
 def test_a_folder_that_is_a_link_is_refused(run: RunFolder, tmp_path: Path) -> None:
