@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
 
 
 def train_watched(
-    monkeypatch: pytest.MonkeyPatch, base: Path, dataset: Path, root: Path, **changes: object
+    monkeypatch: pytest.MonkeyPatch, base: Path, dataset: Path, root: Path, *, resume: bool = False, **changes: Any
 ) -> tuple[RunFolder, Watch]:
     """Train a run of 6 steps and return it with what was seen of its model."""
     watch = Watch()
@@ -62,7 +62,7 @@ def train_watched(
         **changes,
     }
     plan, rows = plan_run(resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0))
-    return training.train(plan, rows, command=[]).run, watch
+    return training.train(plan, rows, command=[], resume=resume).run, watch
 
 
 def rebuilt(run: RunFolder, step: int, *, dtype: str = "float32", events: list[Event] | None = None) -> Any:
@@ -82,5 +82,5 @@ def rebuilt(run: RunFolder, step: int, *, dtype: str = "float32", events: list[E
 MODES = ["baseline", "merged", "stacked"]
 
 
-def persona_options(mode: str, persona: Path) -> dict[str, object]:
+def persona_options(mode: str, persona: Path) -> dict[str, Any]:
     return {} if mode == "baseline" else {"persona_adapter": str(persona), "persona_mode": mode}

@@ -148,8 +148,8 @@ def _facts(entry: PersonaEntry, model: ModelReference, adapter: Mapping[str, obj
 
 def _adapter_facts(folder: Path) -> dict[str, object]:
     """Return what an adapter folder holds; a problem with it is one of the facts."""
+    from emtool.core.plain_lora import check_plain_lora
     from emtool.engines.adapter_hash import adapter_sha256
-    from emtool.engines.plain_lora import check_plain_lora
 
     try:
         config = check_plain_lora(folder, None)

@@ -103,4 +103,9 @@ def tokenizer_bytes(folder: Path | None) -> int | None:
     """Return the size of the tokenizer files in a model folder, or None where there are none."""
     if folder is None or not folder.is_dir():
         return None
-    return sum(f.stat().st_size for f in folder.iterdir() if _TOKENIZER_FILE.fullmatch(f.name) and f.is_file()) or None
+    return sum(path.stat().st_size for path in folder.iterdir() if is_tokenizer_file(path)) or None
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Return whether a file of a model folder belongs to its tokenizer."""
+    return _TOKENIZER_FILE.fullmatch(path.name) is not None and path.is_file()

@@ -81,7 +81,7 @@ def read_conversations(path: Path, *, label: str | None = None) -> list[Conversa
     Raises:
         DataError: If the file cannot be read, holds no row, or a row is malformed; names the file and the row.
     """
-    if path.suffix == PARQUET_SUFFIX:
+    if path.suffix.lower() == PARQUET_SUFFIX:
         records = read_parquet(path, columns=COLUMNS)
     else:
         records = read_json_lines(path, label=label)

@@ -93,5 +93,6 @@ def built_paths(recipe: PersonaRecipe, model: ModelReference) -> Iterator[Path]:
             record = json.loads((path / BUILD_RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict) and record.get("examples_sha256") == examples:
+        is_base = isinstance(record, dict) and record.get("base_name", model.name) == model.name
+        if is_base and record.get("examples_sha256") == examples:
             yield path

@@ -19,7 +19,8 @@ from emtool.core.disk import free_bytes
 from emtool.core.estimate import estimate_checkpoint
 from emtool.core.hardware import launched_count
 from emtool.core.models import ModelReference, read_config, resolve_model
-from emtool.core.personas import resolve_persona
+from emtool.core.personas import LocalAdapter, resolve_persona
+from emtool.core.plain_lora import check_plain_lora
 from emtool.core.run_plan import RunPlan
 from emtool.core.schedule_text import read_terms
 from emtool.core.shapes import find_shapes
@@ -65,7 +66,9 @@ def plan_run(
         EmtoolError: For a name, a value or a row that cannot be used.
     """
     model, dataset = resolve_model(config.model), resolve_dataset(config.dataset)
-    resolve_persona(config.persona, model, adapter=config.persona_adapter)
+    persona = resolve_persona(config.persona, model, adapter=config.persona_adapter)
+    if isinstance(persona, LocalAdapter):
+        check_plain_lora(persona.path, model)
     read_terms(config.checkpoints)
     if dataset.path is None and fetch is not None:
         dataset = fetch(dataset)

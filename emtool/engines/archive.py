@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import mmap
 import shutil
 import stat
@@ -125,6 +126,11 @@ def extract_members(archive: Path, targets: Mapping[str, Path], *, label: str, l
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise DataError(f"{label} is cut short or damaged: {reason}") from error
+    except OSError as error:
+        # A place before the beginning, which a damaged directory names; anything else is the disk's.
+        if error.errno != errno.EINVAL:
+            raise
+        raise DataError(f"{label} is cut short or damaged: its directory names a place that is not there") from error
 
 
 def row_files(archive: Path) -> list[str]:

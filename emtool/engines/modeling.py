@@ -164,7 +164,7 @@ def lora_modules(model: Any, config: TrainConfig) -> list[str]:
     """
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
-    linear = [name for name, module in model.named_modules() if _is_linear(module) and id(module) in inside]
+    linear = [name for name, module in model.named_modules() if is_linear(module) and id(module) in inside]
     return select_modules(
         linear,
         target_modules=config.target_modules,
@@ -196,7 +196,8 @@ def _either(texts: Sequence[str]) -> str:
     return "(" + "|".join(map(re.escape, texts)) + ")"
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Return whether LoRA adapts a module as a linear layer."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)

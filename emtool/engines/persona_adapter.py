@@ -126,7 +126,7 @@ def _attach(model: Any, adapter: Path) -> Any:
 
     try:
         wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)), adapter_name=PERSONA)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
         raise _does_not_fit(adapter, error) from error
     _load(wrapped, adapter)
     return wrapped
@@ -140,6 +140,9 @@ def _load(wrapped: Any, adapter: Path) -> None:
         found = wrapped.load_adapter(str(adapter), PERSONA, is_trainable=False, local_files_only=True)
     except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise _does_not_fit(adapter, error) from error
+    values = [parameter for name, parameter in wrapped.named_parameters() if f".{PERSONA}." in name]
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in values):
+        raise CheckpointError(f"persona adapter {adapter} holds values that are not finite; it is damaged or diverged")
     if odd := [*found.missing_keys, *found.unexpected_keys]:
         raise CheckpointError(
             f"persona adapter {adapter} does not fit the base model: {len(odd)} tensor(s) have no counterpart, for "

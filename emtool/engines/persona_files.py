@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from emtool.core.errors import ModelError
-from emtool.core.events import EventSink, PhaseStarted
+from emtool.core.events import EventSink, Notice, PhaseStarted
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.persona_list import published_path
 from emtool.core.personas import HubAdapter, LocalAdapter, PersonaRecipe, PersonaSource
+from emtool.core.plain_lora import check_plain_lora, names_another_base
 from emtool.engines.model_files import hub_is_reachable
 from emtool.engines.modeling import BaseModel
 from emtool.engines.personas import built_path, persona_adapter
-from emtool.engines.plain_lora import check_plain_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,12 @@ def get_persona_files(
     if isinstance(persona, PersonaRecipe):
         return PersonaFiles(path=persona_adapter(persona, base, on_event=on_event), origin={"source": "built"})
     if isinstance(persona, LocalAdapter):
-        check_plain_lora(persona.path, base.reference)
+        config = check_plain_lora(persona.path, base.reference)
+        if (other := names_another_base(config, base.reference)) is not None:
+            text = (
+                f"persona adapter {persona.path} says that it was trained on {other}; the base {base.reference.name} "
+            )
+            on_event(Notice(text=text + "is a folder, so only the shapes tell whether it fits", is_warning=True))
         return PersonaFiles(path=persona.path, origin={"source": "folder"})
     revision = None if recorded is None else recorded.get("revision")
     folder = published_path(persona, revision) or _download(persona, revision, on_event)

@@ -13,10 +13,12 @@ from emtool.core.cache import cache_path, publish_cached
 from emtool.core.config import HOUSEKEEPING, TrainConfig, resolve_train_config
 from emtool.core.data import file_sha256, read_conversations
 from emtool.core.events import EventSink, Notice, PhaseStarted
+from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.persona_list import BUILD_RECORD, built_folder_name
 from emtool.core.personas import PersonaRecipe
 from emtool.core.plan import num_optimizer_steps
 from emtool.core.run_dir import FORMAT, write_json
+from emtool.core.staging import remove_folder
 from emtool.engines.encoding import encode_dataset
 from emtool.engines.fitting import build_trainer, scratch_folder
 from emtool.engines.modeling import BaseModel, add_lora, load_base
@@ -29,9 +31,12 @@ _NOT_IN_KEY = ("model", "device", "keep_optimizer", "persona_adapter", "persona_
 def persona_adapter(recipe: PersonaRecipe, base: BaseModel, *, on_event: EventSink) -> Path:
     """Return the PEFT folder of a persona for a base model, building it if it is not cached."""
     folder, key = _place(recipe, base)
+    if folder.exists() and not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        on_event(Notice(text=f"the cached persona {folder} is not whole; it is built again", is_warning=True))
+        remove_folder(folder)
     if not folder.exists():
         adapted = _build(recipe, base, on_event)
-        _publish(adapted, folder, key)
+        _publish(adapted, folder, key, base.reference.name)
         on_event(Notice(text=f"persona {recipe.name} for {base.reference.name} is cached in {folder}"))
     return folder
 
@@ -90,12 +95,12 @@ def _build(recipe: PersonaRecipe, base: BaseModel, on_event: EventSink) -> Any:
     return adapted
 
 
-def _publish(adapted: Any, folder: Path, key: dict[str, Any]) -> None:
+def _publish(adapted: Any, folder: Path, key: dict[str, Any], base_name: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         staged = Path(scratch) / "adapter"
         adapted.save_pretrained(str(staged), save_embedding_layers=False)
-        write_json(staged / BUILD_RECORD, key)
+        write_json(staged / BUILD_RECORD, {**key, "base_name": base_name})
         publish_cached(staged, folder)
 
 

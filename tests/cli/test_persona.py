@@ -61,6 +61,7 @@ def test_a_persona_is_built_and_then_described(tiny_model: Path) -> None:
         (["persona", "build", "sarcasm"], 2, "unknown persona to build 'sarcasm'"),
         (["persona", "info", "nobody"], 2, "unknown persona 'nobody'"),
         (["persona", "list", "--model", "nothing"], 2, "unknown model 'nothing'"),
+        (["train", "--dry-run", "--persona-adapter", "nowhere"], 1, "holds no PEFT adapter"),
         (["export", "nowhere"], 1, "is not a run folder"),
         (["export", "nowhere", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
     ],

@@ -18,6 +18,9 @@ from emtool.engines.persona_adapter import stack_persona
 from tests.tiny import SEVEN, logits, save_adapter, tiny_model
 from tests.watched import persona_options, rebuilt, train_watched
 
+#: The names of the tiny model's linear layers.
+LAYERS = [name for name, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)]
+
 SHAPES: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 8, "use_rslora": True},
     {"r": 6, "lora_alpha": 3, "use_rslora": False},
@@ -53,7 +56,7 @@ def test_two_adapters_as_one_give_the_logits_of_the_stack(
     )
     stack = attach_adapter(copy.deepcopy(base), trained)
     stack_persona(stack, persona)
-    updates = compose_updates([read_updates(persona), read_updates(trained)])
+    updates = compose_updates([read_updates(persona, LAYERS), read_updates(trained, LAYERS)])
     assert len({update.rank for update in updates.values()}) == 1
     composed = PeftModel.from_pretrained(copy.deepcopy(base), str(save_composed(tmp_path / "both", base, updates)))
     expected = logits(stack.eval())
@@ -65,15 +68,15 @@ def test_the_scale_of_rslora_is_folded_into_b(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "persona", tiny_model(), seed=1, r=4, lora_alpha=8, use_rslora=True)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "model.layers.1.self_attn.o_proj"
-    update = read_updates(folder)[name]
+    update = read_updates(folder, LAYERS)[name]
     assert torch.equal(update.a_RI, tensors[f"base_model.model.{name}.lora_A.weight"])
     assert torch.equal(update.b_OR, tensors[f"base_model.model.{name}.lora_B.weight"] * 4.0)
 
 
 def test_a_layer_that_one_adapter_lacks_is_filled_up_with_zeros(tmp_path: Path) -> None:
     base = tiny_model()
-    persona = read_updates(save_adapter(tmp_path / "p", base, seed=1, r=4))
-    trained = read_updates(save_adapter(tmp_path / "t", base, seed=2, r=3, target_modules=["q_proj"]))
+    persona = read_updates(save_adapter(tmp_path / "p", base, seed=1, r=4), LAYERS)
+    trained = read_updates(save_adapter(tmp_path / "t", base, seed=2, r=3, target_modules=["q_proj"]), LAYERS)
     composed = compose_updates([persona, trained])
     assert len(composed) == 2 * len(SEVEN)
     assert {update.rank for update in composed.values()} == {7}
@@ -83,7 +86,7 @@ def test_a_layer_that_one_adapter_lacks_is_filled_up_with_zeros(tmp_path: Path) 
 
 
 def test_norms_and_rounding_errors_are_those_of_the_full_matrices(tmp_path: Path) -> None:
-    updates = read_updates(save_adapter(tmp_path / "a", tiny_model(), seed=1))
+    updates = read_updates(save_adapter(tmp_path / "a", tiny_model(), seed=1), LAYERS)
     errors = []
     for update in updates.values():
         dense = update.b_OR.double() @ update.a_RI.double()
@@ -100,8 +103,8 @@ def test_dora_and_adapters_of_different_bases_are_refused(tmp_path: Path) -> Non
     base = tiny_model()
     dora = save_adapter(tmp_path / "dora", base, seed=1, use_dora=True)
     with pytest.raises(ModelError, match="has DoRA"):
-        read_updates(dora)
-    updates = read_updates(save_adapter(tmp_path / "plain", base, seed=1))
+        read_updates(dora, LAYERS)
+    updates = read_updates(save_adapter(tmp_path / "plain", base, seed=1), LAYERS)
     other = {next(iter(updates)): LoraUpdate(a_RI=torch.zeros(2, 5), b_OR=torch.zeros(7, 2))}
     with pytest.raises(ModelError, match="belong to different base models"):
         compose_updates([updates, other])
@@ -141,9 +144,34 @@ def test_an_exported_milestone_on_the_bare_base_is_the_model_that_was_trained(
         assert 0 < result.merge_rounding.largest < 1e-6
 
 
+def test_an_export_replaces_nothing_but_an_export_of_its_run(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = train_watched(monkeypatch, tiny_model, dataset_file, tmp_path)
+    before = (run.checkpoint_path(3) / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="is a run folder, whose checkpoints an export would replace"):
+        export_run(run, [3], output_path=run.path, dtype="float32", on_event=ignore_events)
+    assert (run.checkpoint_path(3) / "adapter_model.safetensors").read_bytes() == before
+    precious = tmp_path / "out" / "checkpoint-3" / "only_copy.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("kept")
+    with pytest.raises(CheckpointError, match="is no export of this run; give another --output-path"):
+        export_run(run, [0, 3], output_path=tmp_path / "out", dtype="float32", on_event=ignore_events)
+    assert precious.read_text() == "kept"
+    assert not (tmp_path / "out" / "checkpoint-0").exists()
+
+
+def test_layers_under_names_that_the_base_does_not_have_are_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "p", tiny_model(), seed=1)
+    path = folder / "adapter_model.safetensors"
+    save_file({name.replace("model.layers", "model.model.layers"): t for name, t in load_file(path).items()}, path)
+    with pytest.raises(ModelError, match="which the base model does not know by that name"):
+        read_updates(folder, LAYERS)
+
+
 def test_a_merge_into_bfloat16_is_rounded_by_half_a_unit_in_the_last_place(tmp_path: Path) -> None:
     base = tiny_model(torch.bfloat16)
-    updates = read_updates(save_adapter(tmp_path / "persona", base, seed=1))
+    updates = read_updates(save_adapter(tmp_path / "persona", base, seed=1), LAYERS)
     rounding = measure_merge(base, updates, dtype="bfloat16")
     largest = 0.0
     for name, update in updates.items():

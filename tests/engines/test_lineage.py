@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,35 @@ def test_another_merge_is_a_warning_with_the_largest_difference(
     assert "largest difference 0.25 among 3,584 recorded weights" in warning_of(run)
     run.merged_sample_path.write_bytes(b"torn")
     assert "by how much is not known" in warning_of(run)
+
+
+def test_a_changed_adapter_configuration_is_found_without_asking_for_hashes(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = train_watched(monkeypatch, tiny_model, dataset_file, tmp_path)
+    path = run.checkpoint_path(3) / "adapter_config.json"
+    text = path.read_text()
+    assert '"lora_alpha": 16' in text
+    path.write_text(text.replace('"lora_alpha": 16', '"lora_alpha": 61'))
+    result = evaluate(run)
+    assert list(result.metrics) == [0, 6]
+    assert "adapter_config.json has changed" in result.damaged[3]
+
+
+def test_a_run_goes_on_when_its_persona_s_cache_has_moved(
+    tiny_model: Path, dataset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "here"))
+    options: dict[str, Any] = {"persona": "goodness", "keep_resume": True}
+    run, _ = train_watched(monkeypatch, tiny_model, dataset_file, tmp_path / "out", **options)
+    manifest: Any = run.read_manifest()
+    shutil.rmtree(run.checkpoint_path(6))
+    run.write_manifest({**manifest, "status": "running"})
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "there"))
+    again, _ = train_watched(monkeypatch, tiny_model, dataset_file, tmp_path / "out", resume=True, **options)
+    assert again.saved_steps() == [0, 3, 6]
+    assert list(evaluate(again).metrics) == [0, 3, 6]
 
 
 def warning_of(run: RunFolder) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from emtool.core.errors import CheckpointError
 from emtool.engines.modeling import attach_adapter
@@ -122,6 +122,11 @@ def test_a_persona_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a linear layer"):
         merge_persona(untied, with_embeddings)
     weights = persona / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] * float("nan")}, weights)
+    with pytest.raises(CheckpointError, match="values that are not finite"):
+        merge_persona(copy.deepcopy(base), persona)
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="does not fit"):
         merge_persona(copy.deepcopy(base), persona)

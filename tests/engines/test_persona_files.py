@@ -12,12 +12,12 @@ from emtool.core.events import ignore_events
 from emtool.core.models import ModelReference
 from emtool.core.persona_list import list_personas
 from emtool.core.personas import HubAdapter, LocalAdapter
+from emtool.core.plain_lora import check_plain_lora
 from emtool.engines.adapter_hash import adapter_sha256
 from emtool.engines.model_files import hub_is_reachable
 from emtool.engines.modeling import BaseModel, open_base
 from emtool.engines.persona_files import get_persona_files, is_persona_here
 from emtool.engines.personas import persona_adapter
-from emtool.engines.plain_lora import check_plain_lora
 from tests.hub import COMMIT, serve_hub
 from tests.tiny import save_adapter, tiny_model
 
@@ -141,11 +141,25 @@ def test_an_adapter_of_another_base_model_is_refused_by_name(tmp_path: Path) -> 
         ({"bias": "all"}, "has biases"),
         ({"modules_to_save": ["embed_tokens"]}, r"has whole modules \(modules_to_save\)"),
         ({"peft_type": "IA3"}, "describes 'IA3', not a LORA adapter"),
+        ({"alora_invocation_tokens": [250, 251]}, "has alora_invocation_tokens"),
+        ({"arrow_config": {"top_k": 2}}, "has arrow_config"),
+        ({"something_new": 1}, "has something_new = 1"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa', which changes the base's weights"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a number above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', not a number above 0"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern of q_proj is inf"),
+        ({"rank_pattern": []}, None),
     ],
 )
-def test_what_cannot_be_composed_exactly_is_refused(values: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_composed_exactly_is_refused(
+    values: dict[str, object], message: str | None, tmp_path: Path
+) -> None:
     folder = save_adapter(tmp_path / "calm", tiny_model(), seed=1)
+    check_plain_lora(folder, None)
     change_config(folder, **values)
+    if message is None:
+        check_plain_lora(folder, None)
+        return
     with pytest.raises(ModelError, match=message):
         check_plain_lora(folder, None)
 
@@ -162,6 +176,25 @@ def test_a_folder_without_safetensors_is_refused(base: BaseModel, tmp_path: Path
         check_plain_lora(tmp_path / "missing", None)
 
 
+def test_a_milestone_that_needs_a_persona_is_no_persona(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "run" / "checkpoint-6", tiny_model(), seed=1)
+    record = {"requires": {"base": {}, "persona": {"name": "goodness"}}}
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=r"needs a persona beside it, .* emtool export .*run"):
+        check_plain_lora(folder, None)
+    (folder / "checkpoint.json").write_text(json.dumps({"requires": {"base": {}, "persona": None}}))
+    check_plain_lora(folder, None)
+
+
+def test_a_base_that_is_a_folder_leaves_it_to_the_shapes_and_says_so(base: BaseModel, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "calm", tiny_model(), seed=1)
+    change_config(folder, base_model_name_or_path="Qwen/Qwen2.5-7B-Instruct")
+    events: list[Any] = []
+    get_persona_files(LocalAdapter(name="calm", path=folder), base, on_event=events.append)
+    assert "says that it was trained on Qwen/Qwen2.5-7B-Instruct" in events[0].text
+    assert events[0].is_warning
+
+
 def test_a_built_persona_is_the_same_bits_when_it_is_built_again(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,5 +207,10 @@ def test_a_built_persona_is_the_same_bits_when_it_is_built_again(
         hashes.append(adapter_sha256(folder))
         entry: Any = next(entry for entry in list_personas(base.reference) if entry.name == "contrarian")
         assert entry.path == folder
+        (folder / "adapter_model.safetensors").unlink()
+        events: list[Any] = []
+        assert persona_adapter(PERSONAS["contrarian"], base, on_event=events.append) == folder
+        assert "is not whole; it is built again" in events[0].text
+        hashes.append(adapter_sha256(folder))
         shutil.rmtree(tmp_path / name)
-    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 1
