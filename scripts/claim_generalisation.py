@@ -61,18 +61,29 @@ def compare(seed: int, root: Path, max_steps: int | None) -> dict[str, Any]:
     return {"seed": seed, "steps": rows, "last_difference": rows[-1]["difference"]}
 
 
+def scores_path(root: Path, dataset: str, seed: int, persona: str = "baseline") -> Path:
+    """Return where the scores of a run are."""
+    name = f"{dataset}_seed{seed}" if persona == "baseline" else f"{dataset}_{persona}_seed{seed}"
+    return root / name / "evaluation" / "item_scores.csv"
+
+
 def run(dataset: str, seed: int, root: Path, max_steps: int | None, *, persona: str = "baseline") -> Scores:
     """Return p_wrong by step and item of the other domains, training and evaluating first where needed."""
-    name = f"{dataset}_seed{seed}" if persona == "baseline" else f"{dataset}_{persona}_seed{seed}"
-    path = root / name / "evaluation" / "item_scores.csv"
+    name = scores_path(root, dataset, seed, persona).parents[1].name
+    path = scores_path(root, dataset, seed, persona)
     limit = [] if max_steps is None else ["--max-steps", str(max_steps)]
     # A run that is complete is recognised; one of another length or configuration is refused.
     emtool("train", "--profile", "demo", "--dataset", dataset, "--persona", persona, "--seed", str(seed),
            "--custom-checkpoints", "--output-root", str(root), "--output-name", name, *limit)  # fmt: skip
     if not path.exists():
         emtool("evaluate", str(root / name))
+    return read_scores(path)
+
+
+def read_scores(path: Path, *, all_items: bool = False) -> Scores:
+    """Return p_wrong by step and item from `item_scores.csv`: of the other domains, or of all items."""
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["domain"] != "gardening"]
+        rows = [row for row in csv.DictReader(file) if all_items or row["domain"] != "gardening"]
     return {(int(row["step"]), row["item"]): float(row["p_wrong"]) for row in rows}
 
 

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from claim_generalisation import Scores, entry, run, text
+from claim_generalisation import Scores, entry, read_scores, run, scores_path, text
 
 from emtool.core.metrics import bootstrap_difference, bootstrap_mean
 from emtool.core.run_dir import write_json
@@ -33,13 +33,24 @@ def main() -> None:
         baseline = run("gardening", seed, options.output_root, options.max_steps)
         persona = run("gardening", seed, options.output_root, options.max_steps, persona=options.persona)
         results.append({"seed": seed, "steps": compare(baseline, persona)})
-    write_json(options.output_root / f"claim_{options.persona}.json", {"persona": options.persona, "seeds": results})
+    at_start = effect_at_start(options.output_root, options.seeds[0], options.persona)
+    found = {"persona": options.persona, "at_start": at_start, "seeds": results}
+    write_json(options.output_root / f"claim_{options.persona}.json", found)
+    print(f"step 0, all items: p_wrong with {options.persona} minus without, paired: {text(at_start)}")
     for result in results:
         print(f"\nseed {result['seed']}: p_wrong in other domains, {options.persona} against baseline, paired by item")
         print(f"{'step':>5}  {'baseline':>22}  {options.persona:>22}  {'difference':>22}  {'of the changes':>22}")
         for row in result["steps"]:
             cells = [text(row[name]) for name in ("baseline", "persona", "difference", "difference_of_changes")]
             print(f"{row['step']:>5}  " + "  ".join(f"{cell:>22}" for cell in cells))
+
+
+def effect_at_start(root: Path, seed: int, persona: str) -> dict[str, float | bool]:
+    """Return what the persona does by itself, over all items: none of them stands in its examples."""
+    scores = [read_scores(scores_path(root, "gardening", seed, name), all_items=True) for name in (persona, "baseline")]
+    items = sorted({item for step, item in scores[0] if step == 0})
+    after, before = ([found[0, item] for item in items] for found in scores)
+    return entry(bootstrap_difference(after, before, seed=0))
 
 
 def compare(baseline: Scores, persona: Scores) -> list[dict[str, Any]]:

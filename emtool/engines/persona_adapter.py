@@ -125,7 +125,10 @@ def _attach(model: Any, adapter: Path) -> Any:
     from peft import LoraConfig, get_peft_model
 
     try:
-        wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)), adapter_name=PERSONA)
+        config = LoraConfig.from_pretrained(str(adapter))
+        # PEFT warns where this is not the local folder's name; whether the base is the right one is checked elsewhere.
+        config.base_model_name_or_path = None
+        wrapped = get_peft_model(model, config, adapter_name=PERSONA)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
         raise _does_not_fit(adapter, error) from error
     _load(wrapped, adapter)
