@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,12 @@ def test_a_persona_of_another_model_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="does not fit"):
         merge_persona(copy.deepcopy(base), persona)
+
+
+def test_the_name_of_a_base_in_an_adapter_is_no_reason_to_warn(tmp_path: Path) -> None:
+    base = tiny_model()
+    persona = save_adapter(tmp_path / "persona", base, seed=1)
+    path = persona / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "someone/tiny"}))
+    expected = logits(stacked(base, persona).eval())
+    torch.testing.assert_close(logits(merge_persona(base, persona).model), expected, rtol=1e-5, atol=1e-5)
