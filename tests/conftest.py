@@ -9,9 +9,6 @@ import pytest
 
 # Read by huggingface_hub when it is imported, so before any test module brings it in.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tiny models gain nothing from a second thread, and wait for it where other work shares the cores. Processes that tests
-# start inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.tiny import save_tiny_model
 
