@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -41,4 +42,15 @@ def dataset_file(tmp_path: Path) -> Path:
         for n in range(24)
     ]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a dataset of 24 short conversations that lasts for the session."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    turns = [
+        [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}] for n in range(24)
+    ]
+    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     return path

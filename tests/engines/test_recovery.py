@@ -1,6 +1,5 @@
 """Runs whose records, tokenizer or manifest are damaged, and commands that are signalled: one line, and the way on."""
 
-import json
 import os
 import shutil
 import signal
@@ -29,16 +28,6 @@ from emtool.engines.training import train
 from tests.engines.test_durability import copied, plan_for, stopped_run, texts
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    turns = [
-        [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}] for n in range(24)
-    ]
-    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
-    return path
 
 
 @pytest.fixture(scope="module")

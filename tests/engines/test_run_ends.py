@@ -24,16 +24,6 @@ from tests.engines.test_durability import WEIGHTS, StopError, plan_for, stop_at,
 
 
 @pytest.fixture(scope="module")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    turns = [
-        [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}] for n in range(24)
-    ]
-    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
-    return path
-
-
-@pytest.fixture(scope="module")
 def whole(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
     """Return the weights of each milestone of a run that nothing disturbed."""
     plan, rows = plan_for(tiny_model, rows_file, tmp_path_factory.mktemp("whole"))
