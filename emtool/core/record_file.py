@@ -1,0 +1,93 @@
+"""Append-only JSON Lines files: what was made is kept as soon as it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emtool.core.errors import CheckpointError
+from emtool.core.run_dir import FORMAT, append_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordFile:
+    """A JSON Lines file that only grows.
+
+    Each record is appended with one write that ends in a line break. A last line without one was torn when its writer
+    was killed: it is not read, and dropped before the next record is written. One process writes at a time.
+
+    Attributes:
+        path: The file, which may not exist yet; its folder must when something is appended.
+    """
+
+    path: Path
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the whole records in the order in which they were written; lines that are no record are passed over.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    if (record := _record(line)) is not None:
+                        yield record
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def end_torn_line(self) -> None:
+        """Drop a last line that its writer did not come to end. Call it once before the first `append`.
+
+        Raises:
+            OSError: If the file cannot be changed.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            end = file.seek(0, 2)
+            while end:
+                begin = max(0, end - (1 << 16))
+                file.seek(begin)
+                found = file.read(end - begin).rfind(b"\n")
+                if found >= 0:
+                    end = begin + found + 1
+                    break
+                end = begin
+            file.truncate(end)
+
+    def append(self, record: Mapping[str, object], *, durable: bool = False) -> None:
+        """Append one record.
+
+        Args:
+            record: JSON values; a float must be finite.
+            durable: Whether it, and all before it, must be on disk on return.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        append_record(self.path, record, durable=durable)
+
+
+def settings_id(settings: Mapping[str, object]) -> str:
+    """Return a short name for settings: equal settings have equal names, whatever their order.
+
+    Returns:
+        The first 12 hexadecimal digits of the SHA-256 of their JSON text.
+    """
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None

@@ -1,0 +1,1 @@
+"""What scores answers: a model behind a server, or one in this process."""

@@ -1,0 +1,36 @@
+"""The protocol that every judge follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from emtool.core.judgement import Judgement
+
+#: Takes the index of a prompt and its judgement, in the caller's thread, as soon as there is one.
+JudgementSink = Callable[[int, Judgement], None]
+
+
+class Judge(Protocol):
+    """Scores filled judge prompts from 0 to 100.
+
+    Attributes:
+        settings: What shapes the scores beside the prompt: JSON values, no secrets.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Return the effective settings."""
+        ...
+
+    def judge(self, prompts: Sequence[str], on_judgement: JudgementSink) -> None:
+        """Score prompts, in any order; each exactly once. What fails for one prompt is its judgement's error.
+
+        Raises:
+            BackendError: If going on is pointless (expired key, no such model); what was returned before stands.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what is held: connections, memory."""
+        ...
