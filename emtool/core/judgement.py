@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,4 +54,4 @@ class Judgement:
 def _is_number(value: object, most: float) -> bool:
     if value is None:
         return True
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most  # type: ignore[arg-type]
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
