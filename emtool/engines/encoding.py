@@ -230,3 +230,13 @@ def _refuse_special_tokens(messages: Sequence[Message], special: Mapping[int, st
         for token in special.values():
             if token in message.content:
                 raise DataError(f"{location}: a message contains the model's special token {token!r}; remove it")
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Return the token that ends an assistant's turn, as the chat template has it.
+
+    Raises:
+        ModelError: If there is no template, or it ends a turn without a special token.
+    """
+    turns = [Message(role="user", content="Hello"), Message(role="assistant", content="Hello")]
+    return encode_conversation(turns, tokenizer=tokenizer).input_ids[-1]

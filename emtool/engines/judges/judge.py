@@ -19,6 +19,11 @@ class Judge(Protocol):
     """
 
     @property
+    def is_remote(self) -> bool:
+        """Return whether asking costs money or another machine's time, so that judgements are kept between runs."""
+        ...
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """Return the effective settings."""
         ...
