@@ -27,6 +27,7 @@ from emtool.engines.backends.backend import CompletionSink
 from emtool.engines.batch_size import auto_batch_size
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import encode_prompt, end_of_turn
+from emtool.engines.noise import GumbelNoise
 
 # Shape suffixes: B prompts of a batch, T tokens.
 
