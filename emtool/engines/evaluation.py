@@ -18,7 +18,7 @@ from emtool.core.run_dir import write_json
 from emtool.engines.activation_files import ActivationFolder, Text, answer_texts, item_texts, take_activations
 from emtool.engines.backends.backend import Backend
 from emtool.engines.checkpoint_model import CheckpointModel
-from emtool.engines.evaluation_result import EvaluationResult, Judged, collect, write_result
+from emtool.engines.evaluation_result import EvaluationResult, JudgeResult, collect, judge_result, write_result
 from emtool.engines.evaluation_target import EvaluationTarget
 from emtool.engines.generating import AnswerRecord, CheckpointPrompts, generate_answers, with_step
 from emtool.engines.item_scores import score_items
@@ -94,7 +94,7 @@ class Evaluation:
         damaged = self._find_damaged(steps)
         whole = [step for step in steps if step not in damaged]
         answers: dict[int, list[Answer]] = {}
-        judged: list[Judged] = []
+        judged: list[JudgeResult] = []
         scores: list[CheckpointScores] = []
         settings = self._settings()
         if ANSWERS in config.metrics:
@@ -122,11 +122,9 @@ class Evaluation:
             scores=scores,
             items=self._items,
             answers=answers,
-            judged=judged,
-            config=config,
-            trained_domain=self._target.domain,
+            judges=judged,
         )
-        write_result(result, scores, self._items)
+        write_result(result, scores, self._items, rule=self._rule)
         return result
 
     def _settings(self) -> dict[str, Any]:
@@ -203,25 +201,31 @@ class Evaluation:
         shown = {**settings, "id": settings_id(settings), "n_per_question": self._config.n_per_question}
         return answers, problems, {**shown, "questions": list(self._questions)}
 
-    def _judge(self, answers: Mapping[int, Sequence[Answer]]) -> list[Judged]:
+    def _judge(self, answers: Mapping[int, Sequence[Answer]]) -> list[JudgeResult]:
         run = self._target.run
         tasks = judge_tasks([answer for found in answers.values() for answer in found], self._questions)
         if not self._judges:
-            return [
-                Judged(settings=settings, judgements=recorded_judgements(tasks, run, settings))
-                for settings in recorded_judges(run)
-            ]
+            recorded = [(settings, recorded_judgements(tasks, run, settings)) for settings in recorded_judges(run)]
+            return [self._judged(answers, found, settings) for settings, found in recorded if found]
         judged = []
         for make in self._judges:
-            judge = make()
+            judge = make(tasks)
             try:
                 settings = {"kind": "judge", **judge.settings}
                 record = JudgementRecord(run, self._describe(settings), is_cached=judge.is_remote)
                 found = judge_answers(judge, tasks, record, on_event=self._on_event)
             finally:
                 judge.close()
-            judged.append(Judged(settings=settings, judgements=found))
+            judged.append(self._judged(answers, found, settings))
         return judged
+
+    def _judged(
+        self,
+        answers: Mapping[int, Sequence[Answer]],
+        judgements: Mapping[tuple[AnswerKey, str], Judgement],
+        settings: Mapping[str, Any],
+    ) -> JudgeResult:
+        return judge_result(answers, judgements, settings=settings, rule=self._rule, seed=self._config.seed)
 
     def _take_activations(
         self, steps: Sequence[int], answers: Mapping[int, Sequence[Answer]], layers: Sequence[int]
