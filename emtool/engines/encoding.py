@@ -137,8 +137,8 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 def break_special_tokens(text: str, tokenizer: Any) -> str:
     """Return a text of unknown origin with a space in each special token, so that it cannot forge a turn.
 
-    Marks in brackets that the tokenizer matches whole (`<tool_response>`) are broken as well: templates act on them. What
-    cannot be broken so, a special token of one character for instance, stays for `encode_prompt` to refuse.
+    Marks in brackets that the tokenizer matches whole (`<tool_response>`) are broken as well: templates act on them.
+    What cannot be broken so, a special token of one character for instance, stays for `encode_prompt` to refuse.
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     marks = {token for token in added if (token[:1] + token[-1:]) in {"<>", "[]"}}
