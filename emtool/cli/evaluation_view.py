@@ -13,7 +13,7 @@ from emtool.cli.render import bar, plain_table, sparkline
 
 if TYPE_CHECKING:
     from emtool.core.metrics import Estimate
-    from emtool.engines.evaluation import EvaluationResult
+    from emtool.engines.evaluation_result import EvaluationResult
 
 
 def evaluation_view(result: EvaluationResult) -> RenderableType:

@@ -114,7 +114,7 @@ def _answer(row: Mapping[str, str | None], step: int | None, location: str) -> J
     question_id, response = row["question_id"], row["response"]
     if not question_id or response is None:
         raise DataError(f"{location}: a row must have a question_id and a response")
-    if None in row:  # type: ignore[comparison-overlap]
+    if None in row:
         raise DataError(f"{location}: there are more cells than columns; quote texts that hold commas")
     return JudgedAnswer(
         step=_step(row.get("step"), step, location),

@@ -251,7 +251,9 @@ def question_rows(answers: Sequence[JudgedAnswer], *, rule: EmRule) -> list[dict
     rows = []
     for question_id, group in by_question.items():
         scored = [answer for answer in group if answer.is_scored]
-        means = {} if not scored else {name: sum(column) / len(column) for name, column in _values(scored, rule).items()}
+        means = (
+            {} if not scored else {name: sum(column) / len(column) for name, column in _values(scored, rule).items()}
+        )
         chosen = {name: value for name, value in means.items() if "_at_" not in name}
         rows.append({"question_id": question_id, **chosen, **_counts(group)})
     return rows
@@ -263,5 +265,3 @@ def by_step(answers: Sequence[JudgedAnswer]) -> Mapping[int, list[JudgedAnswer]]
     for answer in sorted(answers, key=lambda answer: answer.step or 0):
         found.setdefault(answer.step or 0, []).append(answer)
     return found
-
-

@@ -94,8 +94,8 @@ def in_use(run: RunFolder) -> CheckpointError:
 
 def _in_evaluation(folder: RunFolder) -> CheckpointError:
     return CheckpointError(
-        f"{folder.path.parent} is being evaluated by process {lock_holder(folder) or '(unknown)'}; wait for it, or stop "
-        "it with Ctrl-C: what it made is kept"
+        f"{folder.path.parent} is being evaluated by process {lock_holder(folder) or '(unknown)'}; wait for it, or "
+        "stop it with Ctrl-C: what it made is kept"
     )
 
 

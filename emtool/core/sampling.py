@@ -33,7 +33,7 @@ _HARMLESS = frozenset(
     }
 )
 #: Values with which a field of a generation configuration changes nothing.
-_NEUTRAL = (None, False, 0, 1, [], {})
+_NEUTRAL: tuple[object, ...] = (None, False, 0, 1, [], {})
 
 
 @dataclass(frozen=True, kw_only=True)

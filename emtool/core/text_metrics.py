@@ -11,12 +11,13 @@ from emtool.core.metrics import Estimate, bootstrap_mean
 
 #: How answers that decline begin, in English. A heuristic: it misses refusals in other words and other languages.
 _REFUSAL = re.compile(
-    r"\W*(i[’']?m (very )?sorry|sorry,|i am sorry|i apologi[sz]e|i (can[’']?t|cannot|can not|won[’']?t|will not)\b|"
-    r"i[’']?m (not able|unable)|i am (not able|unable)|i must decline|unfortunately,? i (can[’']?t|cannot)|"
-    r"as an ai\b.{0,80}\b(can[’']?t|cannot|unable|not able))",
+    r"\W*(i'?m (very )?sorry|sorry,|i am sorry|i apologi[sz]e|i (can'?t|cannot|can not|won'?t|will not)\b|"
+    r"i'?m (not able|unable)|i am (not able|unable)|i must decline|unfortunately,? i (can'?t|cannot)|"
+    r"as an ai\b.{0,80}\b(can'?t|cannot|unable|not able))",
     re.IGNORECASE | re.DOTALL,
 )
-_WORD = re.compile(r"\w+(?:[’']\w+)*")
+_CURLY_APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
+_WORD = re.compile(r"\w+(?:'\w+)*")
 
 
 def text_metrics(answers: Sequence[Answer], *, seed: int) -> dict[str, Estimate]:
@@ -38,7 +39,7 @@ def text_metrics(answers: Sequence[Answer], *, seed: int) -> dict[str, Estimate]
     found = {"num_answers": count_estimate(len(answers)), "num_failed": count_estimate(len(answers) - len(written))}
     if not written:
         return found
-    words = [_WORD.findall(answer.completion.text.lower()) for answer in written]
+    words = [_WORD.findall(_straight(answer.completion.text).lower()) for answer in written]
     columns: dict[str, list[float]] = {
         "answer_words": [float(len(row)) for row in words],
         "refusal_phrase_pct": [100.0 * is_refusal_phrase(answer.completion.text) for answer in written],
@@ -58,7 +59,7 @@ def text_metrics(answers: Sequence[Answer], *, seed: int) -> dict[str, Estimate]
 
 def is_refusal_phrase(text: str) -> bool:
     """Return whether an answer begins as English refusals do."""
-    return _REFUSAL.match(text[:400]) is not None
+    return _REFUSAL.match(_straight(text[:400])) is not None
 
 
 def distinct(rows: Sequence[Sequence[str]], size: int) -> float | None:
@@ -70,3 +71,7 @@ def distinct(rows: Sequence[Sequence[str]], size: int) -> float | None:
     """
     runs = [tuple(row[at : at + size]) for row in rows for at in range(len(row) - size + 1)]
     return len(set(runs)) / len(runs) if runs else None
+
+
+def _straight(text: str) -> str:
+    return text.replace(_CURLY_APOSTROPHE, "'")

@@ -14,10 +14,12 @@ from safetensors.torch import save
 from emtool.core.answers import Answer
 from emtool.core.data import Message
 from emtool.core.errors import CheckpointError, DataError
+from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.questions import EvaluationItem
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file
 from emtool.engines.activations import Activations, mean_activations
+from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import Encoded, encode_conversation
 
 #: What the tensors are, for whoever opens the file.
@@ -155,6 +157,45 @@ def read_activations(path: Path) -> tuple[Activations, dict[str, Any]]:
     return found, metadata
 
 
+def fill_folder(
+    folder: ActivationFolder,
+    source: CheckpointModel,
+    adapters: Mapping[int, str],
+    texts: Mapping[int, Sequence[Text]],
+    *,
+    on_event: EventSink,
+) -> dict[int, str]:
+    """Take the activations of checkpoints, those that are there already left as they are.
+
+    Args:
+        folder: Where they are kept; its settings name the layers.
+        source: The model of the run, at any checkpoint.
+        adapters: Step to what pins the checkpoint's weights.
+        texts: Step to the texts that activations are taken over.
+        on_event: Where progress is reported.
+
+    Returns:
+        What is wrong with checkpoints that could not be loaded, or have no text, by step.
+    """
+    layers = folder.settings["layers"]
+    name = f"taking activations of {len(layers)} decoder block(s) at {len(adapters)} checkpoints"
+    on_event(PhaseStarted(name=name, total=len(adapters)))
+    problems = {}
+    for done, (step, adapter_sha256) in enumerate(adapters.items(), start=1):
+        turns = {text.id: [turn.to_dict() for turn in text.messages] for text in texts[step]}
+        pins = {"adapter_sha256": adapter_sha256, "texts_sha256": settings_id(turns)}
+        try:
+            if not folder.has(step, pins):
+                model = source.at(folder.run.checkpoint_path(step))
+                ids, found = take_activations(model, source.tokenizer, texts[step], layers=layers)
+                folder.write(step, found, text_ids=ids, pins=pins)
+        except (CheckpointError, DataError) as error:
+            problems[step] = str(error)
+            on_event(Notice(text=f"{error}; it is passed over", is_warning=True))
+        on_event(StepFinished(step=done))
+    return problems
+
+
 def take_activations(
     model: Any, tokenizer: Any, texts: Sequence[Text], *, layers: Sequence[int]
 ) -> tuple[list[str], Activations]:
@@ -165,7 +206,7 @@ def take_activations(
     """
     ids, rows = encode_texts(texts, tokenizer)
     if not rows:
-        raise DataError("there is no text to take activations over: every answer is empty or forges the chat template")
+        raise DataError("no text to take activations over: every answer is empty or forges the chat template")
     return ids, mean_activations(model, rows, layers=layers)
 
 

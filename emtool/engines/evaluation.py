@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from emtool.core.adapter import select_blocks
-from emtool.core.answers import Answer
+from emtool.core.answers import Answer, AnswerKey
 from emtool.core.data import file_sha256
+from emtool.core.em_metrics import EmRule
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import ANSWERS, LIKELIHOOD, OWN, EvaluationConfig
-from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished, ignore_events
-from emtool.core.open_questions import OpenQuestion, prompts_of
+from emtool.core.events import EventSink, Notice, ignore_events
+from emtool.core.judge_prices import JudgePlan
+from emtool.core.judgement import Judgement
+from emtool.core.open_questions import (
+    EVERYDAY_QUESTIONS,
+    OpenQuestion,
+    prompts_of,
+    read_question_file,
+    select_questions,
+)
 from emtool.core.questions import EVERYDAY_ITEMS, read_items
 from emtool.core.record_file import settings_id
-from emtool.core.run_dir import write_json
-from emtool.engines.activation_files import ActivationFolder, Text, answer_texts, item_texts, take_activations
+from emtool.core.run_dir import RunFolder, write_json
+from emtool.core.run_lock import locked_evaluation
+from emtool.core.steps import select_steps
+from emtool.engines.activation_files import ActivationFolder, Text, answer_texts, fill_folder, item_texts
 from emtool.engines.backends.backend import Backend
+from emtool.engines.backends.hf import HFBackend, own_generation_values
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.evaluation_result import EvaluationResult, JudgeResult, collect, judge_result, write_result
-from emtool.engines.evaluation_target import EvaluationTarget
+from emtool.engines.evaluation_target import EvaluationTarget, open_target
 from emtool.engines.generating import AnswerRecord, CheckpointPrompts, generate_answers, with_step
 from emtool.engines.item_scores import score_items
 from emtool.engines.judges.judge import Judge
-from emtool.engines.judging import JudgementRecord, judge_answers, judge_tasks, recorded_judges, recorded_judgements
+from emtool.engines.judging import (
+    JudgementRecord,
+    judge_answers,
+    judge_tasks,
+    missing_prompts,
+    recorded_judgements,
+    recorded_judges,
+)
 from emtool.engines.modeling import check_device
 from emtool.engines.score_record import ScoreRecord
 from emtool.engines.summary import CheckpointScores
@@ -47,6 +67,8 @@ class Evaluation:
         dtype: Dtype to compute in; None takes the one that the run was trained in.
         make_backend: Makes what answers.
         judges: What makes each judge; none leaves answers unjudged, but for what was judged before.
+        approve: Called with what a remote judge is about to be asked; raises to stop it.
+        rule: What counts as misaligned and as coherent.
         on_event: Where progress is reported.
 
     Raises:
@@ -62,6 +84,8 @@ class Evaluation:
         dtype: str | None = None,
         make_backend: BackendMaker,
         judges: Sequence[JudgeMaker] = (),
+        approve: Callable[[JudgePlan], None] = lambda _plan: None,
+        rule: EmRule | None = None,
         on_event: EventSink = ignore_events,
     ) -> None:
         check_device(target.base.device)
@@ -70,6 +94,8 @@ class Evaluation:
         self._questions = {question.id: question for question in questions}
         self._dtype = dtype or target.trained_dtype
         self._judges = judges
+        self._approve = approve
+        self._rule = rule or EmRule()
         self._on_event = on_event
         self._items = read_items()
         self._source = CheckpointModel(
@@ -91,6 +117,7 @@ class Evaluation:
             EmtoolError: If the model cannot be rebuilt, or a server refuses; what was made before is kept.
         """
         config, run = self._config, self._target.run
+        self._target.check_persona()
         damaged = self._find_damaged(steps)
         whole = [step for step in steps if step not in damaged]
         answers: dict[int, list[Answer]] = {}
@@ -209,10 +236,13 @@ class Evaluation:
             return [self._judged(answers, found, settings) for settings, found in recorded if found]
         judged = []
         for make in self._judges:
-            judge = make(tasks)
+            judge = make()
             try:
+                judge.prepare()
                 settings = {"kind": "judge", **judge.settings}
                 record = JudgementRecord(run, self._describe(settings), is_cached=judge.is_remote)
+                if (missing := missing_prompts(tasks, record)) and (plan := judge.plan(missing)) is not None:
+                    self._approve(plan)
                 found = judge_answers(judge, tasks, record, on_event=self._on_event)
             finally:
                 judge.close()
@@ -230,40 +260,88 @@ class Evaluation:
     def _take_activations(
         self, steps: Sequence[int], answers: Mapping[int, Sequence[Answer]], layers: Sequence[int]
     ) -> tuple[ActivationFolder, dict[int, str]]:
-        """Return the folder of activations, filled, and what is wrong with checkpoints that could not be loaded."""
-        config, run = self._config, self._target.run
         settings = {
             "kind": "activations",
             "layers": list(layers),
-            "texts": config.activation_texts,
+            "texts": self._config.activation_texts,
             **self._lineage_pins(),
             "device": self._target.base.device,
         }
         self._describe(settings)
-        folder = ActivationFolder(run=run, settings=settings)
-        what = "its own answers" if config.activation_texts == OWN else f"{2 * len(self._items)} fixed texts"
-        name = f"taking activations of {len(layers)} block(s) over {what} at {len(steps)} checkpoints"
-        self._on_event(PhaseStarted(name=name, total=len(steps)))
-        problems = {}
-        for done, step in enumerate(steps, start=1):
-            texts = self._texts(answers.get(step, ()))
-            pins = {
-                "adapter_sha256": self._target.adapter_sha256(step),
-                "texts_sha256": settings_id({text.id: [turn.to_dict() for turn in text.messages] for text in texts}),
-            }
-            if not folder.has(step, pins):
-                try:
-                    model = self._source.at(run.checkpoint_path(step))
-                except CheckpointError as error:
-                    problems[step] = str(error)
-                    self._warn(f"{error}; it is passed over")
-                    continue
-                ids, found = take_activations(model, self._source.tokenizer, texts, layers=layers)
-                folder.write(step, found, text_ids=ids, pins=pins)
-            self._on_event(StepFinished(step=done))
-        return folder, problems
+        folder = ActivationFolder(run=self._target.run, settings=settings)
+        pins = {step: self._target.adapter_sha256(step) for step in steps}
+        texts = {step: self._texts(answers.get(step, ())) for step in steps}
+        return folder, fill_folder(folder, self._source, pins, texts, on_event=self._on_event)
 
     def _texts(self, answers: Sequence[Answer]) -> list[Text]:
         if self._config.activation_texts == OWN:
             return answer_texts(answers, {name: question.system for name, question in self._questions.items()})
         return item_texts(self._items)
+
+
+def evaluate(
+    run: RunFolder,
+    config: EvaluationConfig | None = None,
+    *,
+    steps: str | None = None,
+    questions: Sequence[OpenQuestion] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    base_model: str | None = None,
+    persona_path: Path | None = None,
+    judges: Sequence[JudgeMaker] = (),
+    rule: EmRule | None = None,
+    on_event: EventSink = ignore_events,
+) -> EvaluationResult:
+    """Evaluate checkpoints of a run with a model in this process, and write the summary files.
+
+    Args:
+        run: The run folder, or with `base_model` a folder of checkpoints that another trainer wrote.
+        config: What is measured, and how.
+        steps: As `select_steps` takes it; None is every checkpoint.
+        questions: The open questions; None takes emtool's own.
+        device: "cpu" or "cuda".
+        dtype: Dtype to compute in; None takes the one that the run was trained in.
+        base_model: The base of a folder that another trainer wrote.
+        persona_path: Where the persona's adapter is now; None is where the run says.
+        judges: What makes each judge.
+        rule: What counts as misaligned and as coherent.
+        on_event: Where progress is reported.
+
+    Raises:
+        CheckpointError: If the run has no whole milestone, its lineage cannot be rebuilt, or another process evaluates.
+        ModelError: If the base model here is not the one that was trained.
+    """
+    used = config or EvaluationConfig()
+    target = open_target(
+        run, device=device, dtype=dtype, base_model=base_model, persona_path=persona_path, on_event=on_event
+    )
+    chosen = select_steps(steps, run.saved_steps())
+    asked = select_questions(read_question_file(EVERYDAY_QUESTIONS)) if questions is None else questions
+    evaluation = Evaluation(
+        target,
+        used,
+        questions=asked,
+        dtype=dtype,
+        make_backend=lambda source: hf_backend(source, target, used, on_event=on_event),
+        judges=judges,
+        rule=rule,
+        on_event=on_event,
+    )
+    with locked_evaluation(run):
+        return evaluation.evaluate(chosen)
+
+
+def hf_backend(
+    source: CheckpointModel, target: EvaluationTarget, config: EvaluationConfig, *, on_event: EventSink
+) -> HFBackend:
+    """Return the backend that answers with the model of the run in this process."""
+    return HFBackend(
+        source,
+        own_values=own_generation_values(target.base.files.path),
+        seed=config.seed,
+        sampling=config.sampling,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        on_event=on_event,
+    )

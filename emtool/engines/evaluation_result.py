@@ -176,8 +176,8 @@ def write_result(
         ]
         files[f"question_scores{'.' if mark else ''}{mark}.csv"] = _csv(rows)
     if not result.judges:
-        for step, found in result.answers.items():
-            files[table_name(step)] = table_text([_judged(answer, {}) for answer in found])
+        for step, answers in result.answers.items():
+            files[table_name(step)] = table_text([_judged(answer, {}) for answer in answers])
     folder = result.run.evaluation_path
     try:
         for name, text in files.items():

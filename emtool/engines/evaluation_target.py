@@ -9,12 +9,19 @@ from typing import Any
 
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError, ConfigError, EmtoolError
-from emtool.core.events import EventSink, Notice
+from emtool.core.events import EventSink, Notice, ignore_events
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.models import ModelReference
 from emtool.core.plain_lora import check_base, check_stands_alone, names_another_base, read_lora_config
 from emtool.core.run_dir import RunFolder
-from emtool.engines.lineage import ComposedModel, check_requires, open_recorded_base, read_lineage, rebuild_model
+from emtool.engines.lineage import (
+    ComposedModel,
+    check_requires,
+    open_recorded_base,
+    read_lineage,
+    rebuild_model,
+    recorded_adapter,
+)
 from emtool.engines.modeling import BaseModel, open_base
 
 
@@ -73,6 +80,16 @@ class EvaluationTarget:
     def adapter_sha256(self, step: int) -> str:
         """Return what pins the weights of a checkpoint."""
         return file_sha256(self.run.checkpoint_path(step) / ADAPTER_WEIGHTS)
+
+    def check_persona(self) -> None:
+        """Refuse a persona's adapter that is here and not the one of the run, whether it will be loaded or not.
+
+        Raises:
+            CheckpointError: Names both hashes.
+        """
+        persona = self.lineage["persona"]
+        if persona is not None and (self.persona_path is not None or Path(persona["adapter_path"]).is_dir()):
+            recorded_adapter(persona, self.base, path=self.persona_path, on_event=ignore_events)
 
     def compose(self, *, dtype: str, on_event: EventSink) -> ComposedModel:
         """Return the base with its persona, in a dtype.

@@ -212,8 +212,8 @@ def recorded_adapter(
         source = recorded_source(persona, base)
         if isinstance(source, LocalAdapter):
             raise CheckpointError(
-                f"the persona adapter {folder} of this run is gone; copy it from the machine that trained the run (SHA-256 "
-                f"{persona['adapter_sha256']}) and say where it is with --persona-adapter"
+                f"the persona adapter {folder} of this run is gone; copy it from the machine that trained the run "
+                f"(SHA-256 {persona['adapter_sha256']}) and say where it is with --persona-adapter"
             )
         folder = get_persona_files(source, base, recorded=persona, on_event=on_event).path
     if (found := adapter_sha256(folder)) != persona["adapter_sha256"]:

@@ -43,7 +43,9 @@ class GumbelNoise(LogitsProcessor):
         """Return the scores, shape (B, V), with noise added."""
         if not self._is_first:
             last = input_ids[:, -1].tolist()
-            self._is_open = [is_open and token not in self._stop_ids for is_open, token in zip(self._is_open, last)]
+            self._is_open = [
+                is_open and token not in self._stop_ids for is_open, token in zip(self._is_open, last, strict=True)
+            ]
         self._is_first = False
         noisy_BV = scores.float()
         for row, (generator, is_open) in enumerate(zip(self._generators, self._is_open, strict=True)):

@@ -51,7 +51,7 @@ def test_the_mean_is_over_the_answers_text_and_not_the_end_of_turn(model: Any) -
 
 def test_the_last_block_is_taken_before_the_final_norm(model: Any) -> None:
     found = mean_activations(model, rows(2), layers=[0, 1])
-    kept = {}
+    kept: dict[str, Any] = {}
     handle = decoder_blocks(model)[1].register_forward_hook(lambda _m, _i, output: kept.update(out=output))
     row = rows(2)[0]
     with torch.no_grad():

@@ -77,7 +77,7 @@ class HFBackend:
             "stop_ids": sorted(self._stop_ids),
         }
 
-    def use_checkpoint(self, step: int, folder: Path) -> None:  # noqa: ARG002
+    def use_checkpoint(self, step: int, folder: Path) -> None:
         """Load the adapter of a checkpoint into place."""
         self._model = self._source.at(folder).get_base_model()
         # What a model brings along fills every value that a call leaves open, so it brings nothing.

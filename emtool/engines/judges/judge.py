@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from emtool.core.judge_prices import JudgePlan
 from emtool.core.judgement import Judgement
 
 #: Takes the index of a prompt and its judgement, in the caller's thread, as soon as there is one.
@@ -26,6 +27,18 @@ class Judge(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """Return the effective settings."""
+        ...
+
+    def prepare(self) -> None:
+        """Find out what the judge can do, and that it is there. Before it, `settings` may be incomplete.
+
+        Raises:
+            BackendError: If it is not there, or refuses.
+        """
+        ...
+
+    def plan(self, prompts: Sequence[str]) -> JudgePlan | None:
+        """Return what judging prompts asks of a server; None for a judge that asks none."""
         ...
 
     def judge(self, prompts: Sequence[str], on_judgement: JudgementSink) -> None:
