@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,20 @@ from emtool.engines.summary import CheckpointScores
 
 #: Makes what answers, from the model of the run; a server or a script has no use for that.
 BackendMaker = Callable[[CheckpointModel], Backend]
-#: Makes a judge. It is called when there is something to judge: a local judge loads a model of its own.
-JudgeMaker = Callable[[], Judge]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeChoice:
+    """A judge that was asked for.
+
+    Attributes:
+        make: Makes it. It is called when there is something to judge: a local judge loads a model of its own.
+        plan: Returns what judging prompts asks of its server; None for a judge that needs none. What a server said is
+            kept for other runs too.
+    """
+
+    make: Callable[[], Judge]
+    plan: Callable[[Sequence[str]], JudgePlan] | None = None
 
 
 class Evaluation:
@@ -66,7 +79,7 @@ class Evaluation:
         questions: The open questions.
         dtype: Dtype to compute in; None takes the one that the run was trained in.
         make_backend: Makes what answers.
-        judges: What makes each judge; none leaves answers unjudged, but for what was judged before.
+        judges: The judges; none leaves answers unjudged, but for what was judged before.
         approve: Called with what a remote judge is about to be asked; raises to stop it.
         rule: What counts as misaligned and as coherent.
         on_event: Where progress is reported.
@@ -83,7 +96,7 @@ class Evaluation:
         questions: Sequence[OpenQuestion],
         dtype: str | None = None,
         make_backend: BackendMaker,
-        judges: Sequence[JudgeMaker] = (),
+        judges: Sequence[JudgeChoice] = (),
         approve: Callable[[JudgePlan], None] = lambda _plan: None,
         rule: EmRule | None = None,
         on_event: EventSink = ignore_events,
@@ -211,7 +224,7 @@ class Evaluation:
     def _generate(self, steps: Sequence[int]) -> tuple[dict[int, list[Answer]], dict[int, str], dict[str, Any]]:
         backend = self._make_backend(self._source)
         try:
-            settings = {"kind": "answers", **backend.settings, **self._lineage_pins()}
+            settings = {"stage": "generation", **backend.settings, **self._lineage_pins()}
             record = AnswerRecord(self._target.run, self._describe(settings))
             checkpoints = [
                 CheckpointPrompts(
@@ -235,14 +248,14 @@ class Evaluation:
             recorded = [(settings, recorded_judgements(tasks, run, settings)) for settings in recorded_judges(run)]
             return [self._judged(answers, found, settings) for settings, found in recorded if found]
         judged = []
-        for make in self._judges:
-            judge = make()
+        for choice in self._judges:
+            judge = choice.make()
             try:
                 judge.prepare()
-                settings = {"kind": "judge", **judge.settings}
-                record = JudgementRecord(run, self._describe(settings), is_cached=judge.is_remote)
-                if (missing := missing_prompts(tasks, record)) and (plan := judge.plan(missing)) is not None:
-                    self._approve(plan)
+                settings = {"stage": "judging", **judge.settings}
+                record = JudgementRecord(run, self._describe(settings), is_cached=choice.plan is not None)
+                if choice.plan is not None and (missing := missing_prompts(tasks, record)):
+                    self._approve(choice.plan(missing))
                 found = judge_answers(judge, tasks, record, on_event=self._on_event)
             finally:
                 judge.close()
@@ -261,7 +274,7 @@ class Evaluation:
         self, steps: Sequence[int], answers: Mapping[int, Sequence[Answer]], layers: Sequence[int]
     ) -> tuple[ActivationFolder, dict[int, str]]:
         settings = {
-            "kind": "activations",
+            "stage": "activations",
             "layers": list(layers),
             "texts": self._config.activation_texts,
             **self._lineage_pins(),
@@ -289,7 +302,7 @@ def evaluate(
     dtype: str | None = None,
     base_model: str | None = None,
     persona_path: Path | None = None,
-    judges: Sequence[JudgeMaker] = (),
+    judges: Sequence[JudgeChoice] = (),
     rule: EmRule | None = None,
     on_event: EventSink = ignore_events,
 ) -> EvaluationResult:
@@ -304,7 +317,7 @@ def evaluate(
         dtype: Dtype to compute in; None takes the one that the run was trained in.
         base_model: The base of a folder that another trainer wrote.
         persona_path: Where the persona's adapter is now; None is where the run says.
-        judges: What makes each judge.
+        judges: The judges.
         rule: What counts as misaligned and as coherent.
         on_event: Where progress is reported.
 

@@ -69,7 +69,7 @@ class HFBackend:
     def settings(self) -> Mapping[str, Any]:
         """Return what shapes the answers beside the model, the prompt and the key."""
         return {
-            "backend": "hf",
+            "kind": "hf",
             "seed": self._seed,
             "noise": f"gumbel, {torch.device(self._source.device).type}",
             **self._sampling.to_dict(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from emtool.core.judge_prices import JudgePlan
 from emtool.core.judgement import Judgement
 
 #: Takes the index of a prompt and its judgement, in the caller's thread, as soon as there is one.
@@ -20,25 +19,16 @@ class Judge(Protocol):
     """
 
     @property
-    def is_remote(self) -> bool:
-        """Return whether asking costs money or another machine's time, so that judgements are kept between runs."""
-        ...
-
-    @property
     def settings(self) -> Mapping[str, Any]:
-        """Return the effective settings."""
+        """Return the effective settings. Some are known only after `prepare`."""
         ...
 
     def prepare(self) -> None:
-        """Find out what the judge can do, and that it is there. Before it, `settings` may be incomplete.
+        """Find out whether and how the judge can be asked, once, before settings are read or prompts are scored.
 
         Raises:
-            BackendError: If it is not there, or refuses.
+            BackendError: If it cannot be asked at all.
         """
-        ...
-
-    def plan(self, prompts: Sequence[str]) -> JudgePlan | None:
-        """Return what judging prompts asks of a server; None for a judge that asks none."""
         ...
 
     def judge(self, prompts: Sequence[str], on_judgement: JudgementSink) -> None:
