@@ -79,6 +79,7 @@ class Evaluation:
         questions: The open questions.
         dtype: Dtype to compute in; None takes the one that the run was trained in.
         make_backend: Makes what answers.
+        folder_of: Returns what the backend loads for a step; None is the checkpoint's own folder.
         judges: The judges; none leaves answers unjudged, but for what was judged before.
         approve: Called with what a remote judge is about to be asked; raises to stop it.
         rule: What counts as misaligned and as coherent.
@@ -96,6 +97,7 @@ class Evaluation:
         questions: Sequence[OpenQuestion],
         dtype: str | None = None,
         make_backend: BackendMaker,
+        folder_of: Callable[[int], Path] | None = None,
         judges: Sequence[JudgeChoice] = (),
         approve: Callable[[JudgePlan], None] = lambda _plan: None,
         rule: EmRule | None = None,
@@ -117,6 +119,7 @@ class Evaluation:
             device=target.base.device,
         )
         self._make_backend = make_backend
+        self._folder_of = folder_of or target.run.checkpoint_path
         self._prompts = prompts_of(questions, step=0, n_per_question=config.n_per_question)
 
     def evaluate(self, steps: Sequence[int]) -> EvaluationResult:
@@ -229,7 +232,7 @@ class Evaluation:
             checkpoints = [
                 CheckpointPrompts(
                     step=step,
-                    folder=self._target.run.checkpoint_path(step),
+                    folder=self._folder_of(step),
                     adapter_sha256=self._target.adapter_sha256(step),
                     prompts=with_step(self._prompts, step),
                 )
