@@ -87,7 +87,8 @@ def evaluate(
         str, typer.Option(help="Answers generated at a time; auto sizes it to memory.", rich_help_panel=ANSWERS_PANEL)
     ] = "auto",
     backend: Annotated[
-        str, typer.Option(help="What answers: hf, openai\\[:NAME-{step}] or scripted:FILE.", rich_help_panel=ANSWERS_PANEL)
+        str,
+        typer.Option(help="What answers: hf, openai\\[:NAME-{step}] or scripted:FILE.", rich_help_panel=ANSWERS_PANEL),
     ] = "hf",
     backend_url: Annotated[
         str | None, typer.Option(help="Server for --backend openai.", rich_help_panel=ANSWERS_PANEL)
@@ -107,7 +108,8 @@ def evaluate(
         typer.Option(help="USD per million tokens in and out, for instance 2.50,10.", rich_help_panel=JUDGE_PANEL),
     ] = None,
     max_cost: Annotated[
-        float | None, typer.Option(help="Most that judging may cost, in USD. \\[default: 10]", rich_help_panel=JUDGE_PANEL)
+        float | None,
+        typer.Option(help="Most that judging may cost, in USD. \\[default: 10]", rich_help_panel=JUDGE_PANEL),
     ] = None,
     concurrency: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests in flight.", rich_help_panel=JUDGE_PANEL)

@@ -135,14 +135,15 @@ def _profile(run: RunFolder, given: str | None, device: str) -> str:
     """Return the profile whose numbers are taken: as given, else the run's, else by the device."""
     if given is not None and given not in PROFILE_NAMES:
         raise unknown_name("profile", given, PROFILE_NAMES)
-    if given in ANSWERS_OF_PROFILE:
-        return given
-    try:
-        config = run.read_manifest().get("config")
-    except EmtoolError:
-        config = None
-    own = config.get("profile") if isinstance(config, dict) and given is None else None
-    return own if own in ANSWERS_OF_PROFILE else ("paper" if device == "cuda" else "demo")
+    named = given
+    if given is None:
+        try:
+            config = run.read_manifest().get("config")
+        except EmtoolError:
+            config = None
+        named = config.get("profile") if isinstance(config, dict) else None
+    by_device = "paper" if device == "cuda" else "demo"
+    return named if named is not None and named in ANSWERS_OF_PROFILE else by_device
 
 
 def _parts(text: str | None) -> tuple[str, ...]:
@@ -155,5 +156,3 @@ def _batch_size(text: str) -> int | None:
     if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"--batch-size {text!r} is neither auto nor a whole number")
     return int(text)
-
-

@@ -132,8 +132,9 @@ def _judge(spec: JudgeSpec, request: EvaluationRequest, on_event: EventSink) -> 
     if spec.kind != OPENAI:
         from emtool.engines.judges.local import open_local_judge
 
+        dtype = request.dtype or ("bfloat16" if request.device == "cuda" else "float32")
         return JudgeChoice(
-            make=lambda: open_local_judge(spec.model, device=request.device, dtype=request.dtype, on_event=on_event)
+            make=lambda: open_local_judge(spec.model, device=request.device, dtype=dtype, on_event=on_event)
         )
     from emtool.engines.judges.openai import OpenAIJudge
 

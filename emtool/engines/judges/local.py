@@ -159,8 +159,8 @@ class _Prefilled:
     """
 
     cache: Any
-    mask_BP: torch.Tensor  # noqa: N815
-    last_BV: torch.Tensor  # noqa: N815
+    mask_BP: torch.Tensor
+    last_BV: torch.Tensor
 
 
 def _walk(model: Any, trie: TokenTrie, prompts: Sequence[list[int]]) -> list[_Walk]:
@@ -219,7 +219,7 @@ def _follow(model: Any, prefilled: _Prefilled, runs: Sequence[Path]) -> torch.Te
     return logits_RLV.view(num_prompts, num_runs, *logits_RLV.shape[1:])
 
 
-def _note(walks: Sequence[_Walk], path: Path, children: Sequence[int], logits_BV: torch.Tensor) -> None:  # noqa: N803
+def _note(walks: Sequence[_Walk], path: Path, children: Sequence[int], logits_BV: torch.Tensor) -> None:
     log_probs_BC = logits_BV.float().log_softmax(dim=-1)[:, list(children)]
     for walk, values in zip(walks, log_probs_BC.double().exp().tolist(), strict=True):
         walk[path] = dict(zip(children, values, strict=True))
