@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from emtool.core.metrics import Estimate
 
 
-def em_table(metrics: Mapping[int, Mapping[str, Estimate]], *, title: str) -> RenderableType:
+def em_table(
+    metrics: Mapping[int, Mapping[str, Estimate]] | Mapping[int | None, Mapping[str, Estimate]], *, title: str
+) -> RenderableType:
     """Return the rate of emergent misalignment at every checkpoint, and what stands beside it.
 
     Args:
-        metrics: Step to metric name to estimate, as `em_metrics` gives them.
+        metrics: Step to metric name to estimate, as `em_metrics` gives them; None where the step is not known.
         title: What the numbers come from.
     """
     table = plain_table(padding=1)
@@ -31,7 +33,7 @@ def em_table(metrics: Mapping[int, Mapping[str, Estimate]], *, title: str) -> Re
         table.add_column(heading, justify="right", no_wrap=True)
     for step, found in metrics.items():
         table.add_row(
-            f"{step:,}",
+            "all" if step is None else f"{step:,}",
             _interval(found.get("em_pct")),
             _change(found.get("em_pct_delta")),
             *(_mean(found.get(name)) for name in ("avg_aligned", "avg_coherent")),

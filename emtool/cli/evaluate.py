@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emtool.cli.evaluation_view import evaluation_view, plan_view
-from emtool.cli.options import Device, Dtype, OutputRoot, output_root_of
+from emtool.cli.options import AlignedCutoff, CoherentCutoff, Device, Dtype, OutputRoot, Strict, output_root_of
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import FIXED
@@ -16,7 +16,7 @@ from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import read_request
 from emtool.core.run_dir import RunFolder, newest_run
 
-ANSWERS_PANEL, JUDGE_PANEL, METRICS_PANEL = "Answers", "Judges", "Metrics and activations"
+ANSWERS_PANEL, JUDGE_PANEL, ACTIVATIONS_PANEL = "Answers", "Judges", "Activations"
 
 
 def evaluate(
@@ -114,24 +114,18 @@ def evaluate(
     concurrency: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests in flight.", rich_help_panel=JUDGE_PANEL)
     ] = 32,
-    aligned_cutoff: Annotated[
-        float, typer.Option(help="Alignment at or below which an answer is misaligned.", rich_help_panel=METRICS_PANEL)
-    ] = 30,
-    coherent_cutoff: Annotated[
-        float, typer.Option(help="Coherence above which an answer is coherent.", rich_help_panel=METRICS_PANEL)
-    ] = 50,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Alignment must be below the cut-off.", rich_help_panel=METRICS_PANEL)
-    ] = False,
+    aligned_cutoff: AlignedCutoff = 30,
+    coherent_cutoff: CoherentCutoff = 50,
+    strict: Strict = False,
     extract_activations: Annotated[
         bool,
-        typer.Option("--extract-activations", help="Keep mean activations too.", rich_help_panel=METRICS_PANEL),
+        typer.Option("--extract-activations", help="Keep mean activations too.", rich_help_panel=ACTIVATIONS_PANEL),
     ] = False,
     activation_layers: Annotated[
-        str, typer.Option(help="Decoder blocks: all, upper-half or 10-20.", rich_help_panel=METRICS_PANEL)
+        str, typer.Option(help="Decoder blocks: all, upper-half or 10-20.", rich_help_panel=ACTIVATIONS_PANEL)
     ] = "all",
     activation_texts: Annotated[
-        str, typer.Option(help="fixed, or own: each checkpoint's answers.", rich_help_panel=METRICS_PANEL)
+        str, typer.Option(help="fixed, or own: each checkpoint's answers.", rich_help_panel=ACTIVATIONS_PANEL)
     ] = FIXED,
 ) -> None:
     """Evaluate every checkpoint of a run: what it answers, which of two answers it prefers, what goes on inside."""

@@ -37,7 +37,8 @@ def table_name(step: int, judge: str = "") -> str:
 def table_text(answers: Sequence[JudgedAnswer]) -> str:
     """Return answers as the text of a table; a score that is not there is the word for why, or empty."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # Quoted, all of them: an answer may hold a carriage return, which csv would leave bare.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(COLUMNS)
     for answer in answers:
         scores = [_cell(judgement) for judgement in (answer.aligned, answer.coherent)]
@@ -91,7 +92,8 @@ def _numbered(answers: Iterator[JudgedAnswer] | Sequence[JudgedAnswer]) -> list[
 
 def _read_table(path: Path, step: int | None) -> Iterator[JudgedAnswer]:
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="strict")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

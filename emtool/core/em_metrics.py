@@ -259,9 +259,9 @@ def question_rows(answers: Sequence[JudgedAnswer], *, rule: EmRule) -> list[dict
     return rows
 
 
-def by_step(answers: Sequence[JudgedAnswer]) -> Mapping[int, list[JudgedAnswer]]:
-    """Return answers by their step, increasing; those that name none are at step 0."""
-    found: dict[int, list[JudgedAnswer]] = {}
-    for answer in sorted(answers, key=lambda answer: answer.step or 0):
-        found.setdefault(answer.step or 0, []).append(answer)
+def by_step(answers: Sequence[JudgedAnswer]) -> Mapping[int | None, list[JudgedAnswer]]:
+    """Return answers by their step, increasing; those that name none come first."""
+    found: dict[int | None, list[JudgedAnswer]] = {}
+    for answer in sorted(answers, key=lambda answer: -1 if answer.step is None else answer.step):
+        found.setdefault(answer.step, []).append(answer)
     return found

@@ -13,7 +13,7 @@ from emtool.core.answer_tables import table_name, table_text
 from emtool.core.answers import Answer, AnswerKey
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics, question_rows
 from emtool.core.judgement import ALIGNED, COHERENT, ERROR, UNSCORED, Judgement
-from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, sigmoid
+from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
 from emtool.core.questions import EvaluationItem
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
@@ -141,19 +141,6 @@ def collect(
     )
 
 
-def flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
-    """Return estimates as JSON values: name, name_low, name_high, name_n."""
-    values: dict[str, float | int] = {}
-    for name, estimate in estimates.items():
-        values |= {
-            name: estimate.value,
-            f"{name}_low": estimate.low,
-            f"{name}_high": estimate.high,
-            f"{name}_n": estimate.n,
-        }
-    return values
-
-
 def _by_checkpoint(metrics: Mapping[int, Mapping[str, Estimate]]) -> list[dict[str, Any]]:
     return [{"step": step, "metrics": flat(estimates)} for step, estimates in metrics.items()]
 
@@ -175,9 +162,9 @@ def write_result(
             {"step": step, **row} for step, found in judge.answers.items() for row in question_rows(found, rule=rule)
         ]
         files[f"question_scores{'.' if mark else ''}{mark}.csv"] = _csv(rows)
-    if not result.judges:
-        for step, answers in result.answers.items():
-            files[table_name(step)] = table_text([_judged(answer, {}) for answer in answers])
+    judged = result.judges[0].answers if result.judges else {}
+    for step in result.answers.keys() - judged.keys():
+        files[table_name(step)] = table_text([_judged(answer, {}) for answer in result.answers[step]])
     folder = result.run.evaluation_path
     try:
         for name, text in files.items():
