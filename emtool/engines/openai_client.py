@@ -184,10 +184,11 @@ class Connection:
         except openai.APIStatusError as error:
             return self._refused(error.status_code, error.response.content)
         except (openai.APITimeoutError, TimeoutError):
-            return Failure(text=f"no answer within {self.server.timeout_seconds:g} s, {tries} times")
+            return Failure(text=f"no answer within {self.server.timeout_seconds:g} s, tries: {tries}")
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            cause = type(error.__cause__ or error).__name__
-            return Failure(text=f"the connection broke or could not be made ({cause}), {tries} times")
+            cause = error.__cause__ or error
+            reason = self.server.clean(str(cause)) or type(cause).__name__
+            return Failure(text=f"the connection broke or could not be made ({reason}), tries: {tries}")
         except openai.OpenAIError as error:
             return Failure(text=self.server.clean(str(error)), status=200)
         return self._parse(response.content) if request.is_json else {}

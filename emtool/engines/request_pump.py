@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from emtool.core.errors import BackendError, Interrupted
 from emtool.engines.openai_client import Connection, Failure, JsonObject, Request, Server, import_openai
@@ -74,8 +74,7 @@ class _Pump:
     requests: Iterator[Request]
     concurrency: int
     ends_early: bool
-    _finished: deque[tuple[int, JsonObject | Failure] | None] = field(default_factory=deque)
-    _has_news: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _finished: SimpleQueue[tuple[int, JsonObject | Failure] | None] = field(default_factory=SimpleQueue)
     _loop: asyncio.AbstractEventLoop | None = None
     _main: asyncio.Task[None] | None = None
     _fatal: str | None = None
@@ -86,13 +85,13 @@ class _Pump:
     def run(self, on_reply: ReplySink) -> None:
         import_openai()
         thread = threading.Thread(target=self._work, name="emtool-requests", daemon=True)
-        thread.start()
         try:
-            while self._has_news.acquire() and self._hand_over(on_reply):
+            thread.start()
+            while self._hand_over(on_reply):
                 pass
         except (KeyboardInterrupt, Interrupted):
             self._stop(thread)
-            while self._finished and self._hand_over(on_reply):
+            while not self._finished.empty() and self._hand_over(on_reply):
                 pass
             raise
         finally:
@@ -104,7 +103,7 @@ class _Pump:
 
     def _hand_over(self, on_reply: ReplySink) -> bool:
         # Taken before it is handed over: an interrupt in between may lose one result, and never doubles a record.
-        item = self._finished.popleft()
+        item = self._finished.get()
         if item is None:
             return False
         on_reply(*item)
@@ -116,7 +115,8 @@ class _Pump:
             # The loop closes by itself when all is done.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._main.cancel)
-        thread.join(timeout=_STOP_SECONDS)
+        if thread.is_alive():
+            thread.join(timeout=_STOP_SECONDS)
 
     def _work(self) -> None:
         try:
@@ -125,8 +125,7 @@ class _Pump:
         except BaseException as error:  # noqa: BLE001 -- handed to the thread that waits
             self._error = error
         finally:
-            self._finished.append(None)
-            self._has_news.release()
+            self._finished.put(None)
 
     async def _send_all(self) -> None:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
@@ -143,8 +142,7 @@ class _Pump:
             if self.ends_early and isinstance(reply, Failure) and reply.is_fatal:
                 self._end(fatal_message(self.server, reply))
                 return
-            self._finished.append((index, reply))
-            self._has_news.release()
+            self._finished.put((index, reply))
             is_down = isinstance(reply, Failure) and reply.is_passing
             self._num_failed = self._num_failed + 1 if is_down else 0
             if self.ends_early and self._num_failed >= max(_DOWN_FACTOR * self.concurrency, _DOWN_LEAST):

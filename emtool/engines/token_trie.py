@@ -8,7 +8,7 @@ from typing import Any
 
 from emtool.core.errors import ModelError
 
-Path = tuple[int, ...]
+TokenPath = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +20,16 @@ class TokenTrie:
         children: For each path that some text goes on from, the tokens that it goes on with; the root is `()`.
     """
 
-    ends: Mapping[str, Path]
-    children: Mapping[Path, Sequence[int]]
+    ends: Mapping[str, TokenPath]
+    children: Mapping[TokenPath, Sequence[int]]
 
     @property
-    def runs(self) -> list[Path]:
+    def runs(self) -> list[TokenPath]:
         """Return the longest paths that some text goes on from: along them, every other such path is met."""
         inner = [path for path in self.children if path]
         return [path for path in inner if not any(other[:-1][: len(path)] == path for other in inner)]
 
-    def probabilities(self, after: Mapping[Path, Mapping[int, float]]) -> dict[str, float]:
+    def probabilities(self, after: Mapping[TokenPath, Mapping[int, float]]) -> dict[str, float]:
         """Return the probability that a reply is each text and does not go on as a longer one.
 
         So "5" does not count what goes on to "57", nor "10" what goes on to "100".
@@ -37,7 +37,7 @@ class TokenTrie:
         Args:
             after: For each path of `children`, the probability of each of its next tokens.
         """
-        reached: dict[Path, float] = {(): 1.0}
+        reached: dict[TokenPath, float] = {(): 1.0}
         for path in sorted(self.children, key=len):
             for token in self.children[path]:
                 reached[(*path, token)] = reached[path] * after[path][token]
@@ -52,13 +52,13 @@ def build_trie(texts: Sequence[str], tokenizer: Any) -> TokenTrie:
     Raises:
         ModelError: If the tokenizer cannot write a text, or writes two of them alike.
     """
-    ends: dict[str, Path] = {}
+    ends: dict[str, TokenPath] = {}
     for text in texts:
         path = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not path or tokenizer.decode(path).strip() != text or path in ends.values():
             raise ModelError(f"the judge's tokenizer cannot write {text!r}; choose another judge model")
         ends[text] = path
-    children: dict[Path, dict[int, None]] = {(): {}}
+    children: dict[TokenPath, dict[int, None]] = {(): {}}
     for path in ends.values():
         for length, token in enumerate(path):
             children.setdefault(path[:length], {})[token] = None

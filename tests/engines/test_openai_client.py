@@ -96,7 +96,7 @@ def test_what_passes_is_tried_again(fault: Fault, monkeypatch: pytest.MonkeyPatc
         (Fault(status=400, body=b"[" * 100_000), "400: " + "[" * 200),
         (Fault(cut="reset"), "the connection broke or could not be made"),
         (Fault(cut="short", body=b"{"), "the connection broke or could not be made"),
-        (Fault(cut="hang"), "no answer within 0.2 s, 3 times"),
+        (Fault(cut="hang"), "no answer within 0.2 s, tries: 3"),
         (Fault(body=b"not json"), "not JSON"),
         (Fault(body=b""), "not JSON"),
         (Fault(body=b"[" * 100_000), "not JSON"),

@@ -16,7 +16,7 @@ from emtool.core.judgement import ERROR, MIN_MASS, SCORES, WORDS, Judgement, jud
 from emtool.engines.encoding import break_special_tokens, encode_prompt
 from emtool.engines.judges.judge import JudgementSink
 from emtool.engines.modeling import check_device, load_base, open_base
-from emtool.engines.token_trie import Path, TokenTrie, build_trie
+from emtool.engines.token_trie import TokenPath, TokenTrie, build_trie
 
 # Shape suffixes: B prompts of a batch, R rows (each prompt once for each run), P tokens of the longest prompt, L tokens
 # of the longest run, C children of a path, V vocabulary.
@@ -145,7 +145,7 @@ def _judgement(probabilities: Mapping[str, float]) -> Judgement:
 
 
 #: For each path of a trie, the probability of each of its next tokens.
-_Walk = dict[Path, dict[int, float]]
+_Walk = dict[TokenPath, dict[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def _prefill(model: Any, prompts: Sequence[list[int]]) -> _Prefilled:
     return _Prefilled(cache=output.cache, mask_BP=mask_BP, last_BV=output.logits[:, -1])
 
 
-def _follow(model: Any, prefilled: _Prefilled, runs: Sequence[Path]) -> torch.Tensor:
+def _follow(model: Any, prefilled: _Prefilled, runs: Sequence[TokenPath]) -> torch.Tensor:
     """Return the logits after each token of each run, behind each prompt: shape (B, runs, L, V)."""
     num_prompts, num_runs, width = len(prefilled.mask_BP), len(runs), max(map(len, runs))
     device = prefilled.mask_BP.device
@@ -219,13 +219,13 @@ def _follow(model: Any, prefilled: _Prefilled, runs: Sequence[Path]) -> torch.Te
     return logits_RLV.view(num_prompts, num_runs, *logits_RLV.shape[1:])
 
 
-def _note(walks: Sequence[_Walk], path: Path, children: Sequence[int], logits_BV: torch.Tensor) -> None:
+def _note(walks: Sequence[_Walk], path: TokenPath, children: Sequence[int], logits_BV: torch.Tensor) -> None:
     log_probs_BC = logits_BV.float().log_softmax(dim=-1)[:, list(children)]
     for walk, values in zip(walks, log_probs_BC.double().exp().tolist(), strict=True):
         walk[path] = dict(zip(children, values, strict=True))
 
 
-def _groups(runs: Sequence[Path], *, most: int) -> Iterator[Sequence[Path]]:
+def _groups(runs: Sequence[TokenPath], *, most: int) -> Iterator[Sequence[TokenPath]]:
     size = max(1, most)
     for begin in range(0, len(runs), size):
         yield runs[begin : begin + size]
