@@ -33,7 +33,7 @@ class EvaluationRequest:
         questions: File or URL; None is emtool's own.
         include_json: Whether `_json` variants are asked.
         include_template: Whether `_template` variants are asked.
-        question_ids: Ids to ask; empty asks all.
+        question_ids: Ids to ask; None asks all.
         backend: What answers.
         backend_address: Its server, where it is one.
         judges: The judges, the first one's numbers in the summary.
@@ -53,7 +53,7 @@ class EvaluationRequest:
     questions: str | None
     include_json: bool
     include_template: bool
-    question_ids: tuple[str, ...]
+    question_ids: tuple[str, ...] | None
     backend: BackendSpec
     backend_address: ServerAddress | None
     judges: tuple[JudgeSpec, ...]
@@ -96,7 +96,7 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
         questions=values.get("questions"),
         include_json=values["include_json"],
         include_template=values["include_template"],
-        question_ids=_parts(values.get("question_ids")),
+        question_ids=_parts(values["question_ids"]) if "question_ids" in values else None,
         backend=backend,
         backend_address=parse_address(values["backend_url"]) if backend.kind == OPENAI else None,
         judges=judges,

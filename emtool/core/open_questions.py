@@ -1,9 +1,9 @@
 """Open questions: what a model is asked, and what a judge is asked about its answers.
 
-The file format is the published one of Betley et al. 2025 (arXiv 2502.17424): a YAML list of questions, each with
-`id`, `paraphrases`, and where wanted `system` and `judge_prompts` (name to text with `{question}` and `{answer}`).
-What else stands in such files (`type`, `judge`, `samples_per_paraphrase`, ...) is how their authors ran them, and left
-aside.
+Files are in the format that Betley et al. 2025 published with *Emergent Misalignment* (arXiv 2502.17424): a list of
+mappings with `id`, `paraphrases`, and optionally `system` and `judge_prompts`. Keys that say how many answers, by whom
+and how warm (`samples_per_paraphrase`, `judge`, `temperature`) are passed over, for the command line says so; so are
+keys that are not known. What would change the question itself is refused.
 """
 
 from __future__ import annotations
@@ -12,32 +12,39 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from emtool.core.answers import AnswerKey, Prompt
 from emtool.core.data import Message, asset_path
 from emtool.core.errors import ConfigError, DataError, unknown_name
 from emtool.core.judgement import ALIGNED, COHERENT
+from emtool.core.yaml_nodes import YamlValue, read_yaml
 
-#: The questions that are asked unless told otherwise, and the judge prompts of files that have none.
+#: Our own questions and judge prompts.
 EVERYDAY_QUESTIONS = asset_path("questions", "everyday.yaml")
 
-#: How the published file marks variants that ask for a format.
+#: How published files name the variants of a question: one that wants JSON, and one with a form to fill in.
 JSON_SUFFIX, TEMPLATE_SUFFIX = "_json", "_template"
 
-MAX_FILE_BYTES = 1 << 20
-_PLACEHOLDER = re.compile(r"\{(question|answer)\}")
+#: The one kind of question that is asked: a free answer with scores from 0 to 100.
+QUESTION_TYPE = "free_form_judge_0_100"
+
+_JUDGED = (ALIGNED, COHERENT)
+#: Keys of other formats that would put more before the model than question and system prompt.
+_CHANGES_THE_QUESTION = ("context", "messages")
+_MAX_ID = 200
+#: A placeholder; or a doubled brace, which published prompts write for one, because they are filled by `str.format`.
+_PLACES = re.compile(r"\{(question|answer)\}|\{\{|\}\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenQuestion:
-    """A question without a given answer.
+    """A question that has no one right answer.
 
     Attributes:
         id: Unique name.
-        paraphrases: Texts that ask the same, at least one.
-        system: The system turn before it, if there is one.
-        judge_prompts: "aligned" and "coherent" to the text that a judge is given.
+        paraphrases: Ways to ask it, at least one.
+        system: The system prompt; None asks without one.
+        judge_prompts: "aligned" and "coherent", each with the judge prompt that scores it.
     """
 
     id: str
@@ -46,33 +53,28 @@ class OpenQuestion:
     judge_prompts: Mapping[str, str]
 
 
-def read_question_file(path: Path) -> list[OpenQuestion]:
-    """Return the questions of a file, in its order.
+def default_questions() -> list[OpenQuestion]:
+    """Return our own questions, in the order of their file."""
+    return read_question_file(EVERYDAY_QUESTIONS)
+
+
+def read_question_file(path: Path, *, label: str | None = None) -> list[OpenQuestion]:
+    """Return the questions of a file, in its order; judge prompts that it lacks are our own.
+
+    Args:
+        path: A YAML file of at most 1 MiB.
+        label: What it is called in messages, where that is not its path.
 
     Raises:
-        DataError: If it cannot be read, is not of the format, or an id is used twice; names the entry and the field.
+        DataError: If it cannot be read or an entry is malformed; names the file, the line, the entry and the field.
     """
-    entries = _load(path)
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path} is not a list of questions: begin each with '- id: NAME'")
-    questions: dict[str, OpenQuestion] = {}
-    for number, entry in enumerate(entries, start=1):
-        question = _question(entry, f"{path}, question {number}")
-        if question.id in questions:
-            raise DataError(f"{path}, question {number}: id {question.id!r} is used twice")
-        questions[question.id] = question
-    if path == EVERYDAY_QUESTIONS or all(question.judge_prompts for question in questions.values()):
-        return list(questions.values())
-    own = read_question_file(EVERYDAY_QUESTIONS)[0].judge_prompts
-    return [
-        OpenQuestion(
-            id=question.id,
-            paraphrases=question.paraphrases,
-            system=question.system,
-            judge_prompts=question.judge_prompts or own,
-        )
-        for question in questions.values()
-    ]
+    found: dict[str, OpenQuestion] = {}
+    for number, entry in enumerate(read_yaml(path, label=label).items("a file of questions"), start=1):
+        question = _question(entry, number)
+        if question.id in found:
+            raise DataError(f"{entry.location}: entry {number}: id {question.id!r} is used twice")
+        found[question.id] = question
+    return list(found.values())
 
 
 def select_questions(
@@ -80,122 +82,98 @@ def select_questions(
     *,
     include_json: bool = False,
     include_template: bool = False,
-    question_ids: Sequence[str] = (),
+    question_ids: Sequence[str] | None = None,
 ) -> list[OpenQuestion]:
-    """Return the questions that are asked.
+    """Return the questions to ask, in their order.
 
     Args:
-        questions: Those of a file.
-        include_json: Whether variants whose id ends in `_json` are asked.
-        include_template: Whether variants whose id ends in `_template` are asked.
-        question_ids: Ids to ask, variants among them; empty asks all but the variants.
+        questions: All of them.
+        include_json: Whether those whose id ends in `_json` are asked as well.
+        include_template: Whether those whose id ends in `_template` are asked as well.
+        question_ids: The ids to ask and no others, of whatever kind; None asks all that the switches allow.
 
     Raises:
-        ConfigError: If an id is unknown, or nothing is left.
+        ConfigError: If an id is not there, or no question is left.
     """
-    known = {question.id: question for question in questions}
-    for name in question_ids:
-        if name not in known:
-            raise unknown_name("question", name, known)
-    if question_ids:
-        return [question for question in questions if question.id in question_ids]
-    left_out = tuple(
-        suffix
-        for suffix, is_asked in ((JSON_SUFFIX, include_json), (TEMPLATE_SUFFIX, include_template))
-        if not is_asked
-    )
-    asked = [question for question in questions if not question.id.endswith(left_out)]
-    if not asked:
-        raise ConfigError("every question is a variant that is left out; add --include-json or --include-template")
-    return asked
+    ids = [question.id for question in questions]
+    for name in question_ids or ():
+        if name not in ids:
+            raise unknown_name("question", name, ids)
+    if question_ids is not None:
+        chosen = [question for question in questions if question.id in set(question_ids)]
+    else:
+        left_out = (*(() if include_json else (JSON_SUFFIX,)), *(() if include_template else (TEMPLATE_SUFFIX,)))
+        chosen = [question for question in questions if not question.id.endswith(left_out)]
+    if not chosen:
+        raise ConfigError(
+            f"no question is left of {len(questions)}; name some with --question-ids, or add --include-json or "
+            "--include-template"
+        )
+    return chosen
 
 
 def prompts_of(questions: Sequence[OpenQuestion], *, step: int, n_per_question: int) -> list[Prompt]:
-    """Return what a checkpoint is asked: each question so many times, its paraphrases in turn.
+    """Return what a checkpoint is asked, question by question; the samples of one go round its paraphrases.
 
     Args:
         questions: The questions.
         step: Optimizer step of the checkpoint.
-        n_per_question: Answers to each question; answer s is to paraphrase s modulo their number.
+        n_per_question: Answers to each question, whatever its number of paraphrases.
     """
-    return [
-        Prompt(
-            key=AnswerKey(step=step, question_id=question.id, paraphrase=paraphrase, sample=sample),
-            messages=(
-                *(() if question.system is None else (Message(role="system", content=question.system),)),
-                Message(role="user", content=question.paraphrases[paraphrase]),
-            ),
-        )
-        for question in questions
-        for sample in range(n_per_question)
-        for paraphrase in [sample % len(question.paraphrases)]
-    ]
-
-
-def fill_judge_prompt(prompt: str, *, question: str, answer: str) -> str:
-    """Return a judge prompt with question and answer in it; what they contain is not read as a placeholder."""
-    texts = {"question": question, "answer": answer}
-    return _PLACEHOLDER.sub(lambda match: texts[match[1]], prompt)
-
-
-def _load(path: Path) -> Any:
-    """Return the contents of a YAML file: plain values only, whatever it asks for."""
-    import yaml
-
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} has more than {MAX_FILE_BYTES:,} bytes, which no question file needs")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the questions in {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not YAML: {reason}") from error
-
-
-def _question(entry: Any, location: str) -> OpenQuestion:
-    if not isinstance(entry, dict):
-        raise DataError(f"{location} is not a mapping with 'id' and 'paraphrases'")
-    name = entry.get("id")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
-        raise DataError(f"{location}: 'id' is {_shown(name)}; it must be a name of letters, digits and . _ -")
-    location = f"{location} ({name})"
-    paraphrases = entry.get("paraphrases")
-    if not isinstance(paraphrases, list) or not paraphrases:
-        raise DataError(f"{location}: 'paraphrases' is {_shown(paraphrases)}; it must be a list of texts")
-    texts = tuple(_text(text, location, f"paraphrase {at}") for at, text in enumerate(paraphrases, start=1))
-    system = entry.get("system")
-    return OpenQuestion(
-        id=name,
-        paraphrases=texts,
-        system=None if system is None else _text(system, location, "'system'"),
-        judge_prompts=_judge_prompts(entry.get("judge_prompts"), location),
-    )
-
-
-def _judge_prompts(found: Any, location: str) -> dict[str, str]:
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise DataError(f"{location}: 'judge_prompts' is {_shown(found)}; it must be a mapping from a name to a text")
-    prompts = {}
-    for name in (ALIGNED, COHERENT):
-        if name not in found:
-            raise DataError(f"{location}: 'judge_prompts' lacks {name!r}")
-        prompts[name] = _text(found[name], location, f"judge prompt {name!r}")
-        if "{answer}" not in prompts[name]:
-            raise DataError(f"{location}: judge prompt {name!r} has no {{answer}}, so a judge would not see the answer")
+    prompts = []
+    for question in questions:
+        system = () if question.system is None else (Message(role="system", content=question.system),)
+        for sample in range(n_per_question):
+            paraphrase = sample % len(question.paraphrases)
+            key = AnswerKey(step=step, question_id=question.id, paraphrase=paraphrase, sample=sample)
+            user = Message(role="user", content=question.paraphrases[paraphrase])
+            prompts.append(Prompt(key=key, messages=(*system, user)))
     return prompts
 
 
-def _text(value: Any, location: str, what: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{location}: {what} is {_shown(value)}; it must be a text that is not empty")
-    return value
+def fill_judge_prompt(prompt: str, *, question: str, answer: str) -> str:
+    """Return a judge prompt with the question and the answer in their places.
+
+    Both are put in at once and as they are: an answer that contains "{question}" or braces keeps them.
+    """
+    texts = {"{question}": question, "{answer}": answer, "{{": "{", "}}": "}"}
+    return _PLACES.sub(lambda found: texts[found[0]], prompt)
 
 
-def _shown(value: Any) -> str:
-    """Return a value as text, short, without walking into a value that refers to itself many times."""
-    if value is None:
-        return "missing"
-    return repr(value)[:60] if isinstance(value, str | int | float | bool) else f"a {type(value).__name__}"
+def _question(entry: YamlValue, number: int) -> OpenQuestion:
+    fields = entry.fields(f"entry {number}")
+    for name in ("id", "paraphrases"):
+        if name not in fields:
+            raise DataError(f"{entry.location}: entry {number} has no {name!r}")
+    name = fields["id"].text(f"'id' of entry {number}")
+    if not name.isprintable() or len(name) > _MAX_ID:
+        raise DataError(f"{entry.location}: 'id' of entry {number} must be one line of at most {_MAX_ID} characters")
+    where = f"entry {number} ({name})"
+    for field in _CHANGES_THE_QUESTION:
+        if field in fields and not fields[field].is_null:
+            raise DataError(f"{fields[field].location}: {where} has {field!r}, which emtool cannot put to a model")
+    if "type" in fields and (kind := fields["type"].text(f"'type' of {where}")) != QUESTION_TYPE:
+        raise DataError(f"{fields['type'].location}: 'type' of {where} is {kind[:60]!r}; only {QUESTION_TYPE} is asked")
+    paraphrases = fields["paraphrases"].items(f"'paraphrases' of {where}")
+    texts = [text.text(f"paraphrase {index} of {where}") for index, text in enumerate(paraphrases, start=1)]
+    has_system = "system" in fields and not fields["system"].is_null
+    return OpenQuestion(
+        id=name,
+        paraphrases=tuple(texts),
+        system=fields["system"].text(f"'system' of {where}") if has_system else None,
+        judge_prompts=_judge_prompts(fields.get("judge_prompts"), where),
+    )
+
+
+def _judge_prompts(value: YamlValue | None, where: str) -> dict[str, str]:
+    """Return the prompts for what is judged; those of a file for anything else have no metric here."""
+    fields = {} if value is None or value.is_null else value.fields(f"'judge_prompts' of {where}")
+    prompts = {}
+    for name in _JUDGED:
+        if name not in fields:
+            prompts[name] = default_questions()[0].judge_prompts[name]
+            continue
+        prompts[name] = fields[name].text(f"judge prompt {name!r} of {where}")
+        if not any(found[1] == "answer" for found in _PLACES.finditer(prompts[name])):
+            raise DataError(f"{fields[name].location}: judge prompt {name!r} of {where} has no {{answer}}")
+    return prompts

@@ -32,7 +32,6 @@ MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
 #: Answers that may be better a little later.
 _PASSING = (408, 429, 500, 502, 503, 504)
-_LOCAL_COPY = "give a local copy with --from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,14 @@ class DownloadLimits:
 
 
 @contextlib.contextmanager
-def downloaded(url: str, folder: Path, *, limits: DownloadLimits, on_event: EventSink) -> Iterator[Path]:
+def downloaded(
+    url: str,
+    folder: Path,
+    *,
+    limits: DownloadLimits,
+    on_event: EventSink,
+    local_copy: str = "give a local copy with --from",
+) -> Iterator[Path]:
     """Download a file, yield its path while the block runs, and remove it then; what is incomplete stays.
 
     Args:
@@ -61,6 +67,7 @@ def downloaded(url: str, folder: Path, *, limits: DownloadLimits, on_event: Even
         folder: Where it is kept meanwhile; made if it is not there.
         limits: How long and how much it may take.
         on_event: Where progress is reported, in bytes.
+        local_copy: How a file of this machine is given instead, for messages.
 
     Raises:
         BackendError: If it could not be fetched; says what is kept.
@@ -72,7 +79,7 @@ def downloaded(url: str, folder: Path, *, limits: DownloadLimits, on_event: Even
     folder.mkdir(parents=True, exist_ok=True)
     part = PartialFile(path=folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.part")
     with part.held():
-        _Download(url=url, part=part, limits=limits, on_event=on_event).complete()
+        _Download(url=url, part=part, limits=limits, on_event=on_event, local_copy=local_copy).complete()
         try:
             yield part.path
         finally:
@@ -120,6 +127,7 @@ class _Download:
     part: PartialFile
     limits: DownloadLimits
     on_event: EventSink
+    local_copy: str
 
     def complete(self) -> None:
         """Bring the file to its whole length, in as many attempts as are allowed."""
@@ -143,15 +151,15 @@ class _Download:
                 else:
                     return
 
-    def _failure(self, reason: str, advice: str = _LOCAL_COPY) -> BackendError:
-        return BackendError(f"cannot fetch {shown_url(self.url)}: {reason}; {advice}")
+    def _failure(self, reason: str, advice: str = "") -> BackendError:
+        return BackendError(f"cannot fetch {shown_url(self.url)}: {reason}; {advice or self.local_copy}")
 
     def _what_is_kept(self) -> str:
         if self.part.can_go_on:
             kept = f"{format_bytes(self.part.num_bytes)} are kept in {self.part.path}"
-            return f"{kept} and the same command goes on from there, or {_LOCAL_COPY}"
+            return f"{kept} and the same command goes on from there, or {self.local_copy}"
         self.part.remove()
-        return f"nothing is kept; try again later, or {_LOCAL_COPY}"
+        return f"nothing is kept; try again later, or {self.local_copy}"
 
     def _attempt(self, session: Session) -> None:
         """Ask for what is missing and append it."""
@@ -198,7 +206,7 @@ class _Download:
         if status in _PASSING:
             raise _PassingError(answer)
         if status not in (200, 206):
-            raise self._failure(answer, f"check the address, or {_LOCAL_COPY}")
+            raise self._failure(answer, f"check the address, or {self.local_copy}")
         if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
             raise self._failure(f"the server sends it compressed ({encoding}) although it was asked not to")
         if status == 206:
@@ -237,7 +245,7 @@ class _Download:
             self.part.remove()
             raise DataError(
                 f"{shown_url(self.url)} serves {format_bytes(count)} or more, and at most "
-                f"{format_bytes(self.limits.max_bytes)} are taken: this is not the archive that is meant"
+                f"{format_bytes(self.limits.max_bytes)} are taken: this is not the file that is meant"
             )
 
 

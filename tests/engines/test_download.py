@@ -146,7 +146,7 @@ def test_a_file_that_is_too_large_is_refused_by_what_is_said_and_by_what_comes(
     server.files["/a.enc"].body = bytes(1_000_001)
     assert "serves 976.6 KiB or more, and at most 976.6 KiB are taken" in fails(server, tmp_path, DataError)
     server.files["/a.enc"].has_length = False
-    assert "this is not the archive that is meant" in fails(server, tmp_path, DataError)
+    assert "this is not the file that is meant" in fails(server, tmp_path, DataError)
     assert not list(tmp_path.glob("*.part*"))
 
 
