@@ -1,12 +1,12 @@
 """Measure what storage and merging round away, on the real small model: logits of what was trained, saved and exported.
 
-Trains SmolLM2-135M with the persona `goodness` for some steps in float32 and bfloat16, merged and stacked, and
-compares on evaluation items:
+Trains SmolLM2-135M with the persona `goodness` (built in float32, the same for all) for some steps in float32 and
+bfloat16, merged and stacked, and compares on evaluation items:
 - saved: the milestone (in the base's dtype) against the resume state of the same step (exact, float32);
 - exported: the composed adapter on the bare base against the model that evaluation rebuilds, both computed in float32.
-About 5 minutes on two cores.
+About 5 minutes on two cores with bfloat16 instructions. Without them bfloat16 is many times slower: take fewer steps.
 
-    python scripts/measure_rounding.py [--max-steps 30] [--output-root outputs/rounding]
+    python scripts/measure_rounding.py [--max-steps 30] [--dtypes float32 bfloat16] [--output-root outputs/rounding]
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import torch
 from emtool.core.config import resolve_train_config
 from emtool.core.data import Message
 from emtool.core.events import ignore_events
+from emtool.core.personas import PERSONAS
 from emtool.core.plan import plan_run
 from emtool.core.questions import read_items
 from emtool.core.run_dir import RunFolder
 from emtool.engines.encoding import encode_conversation
 from emtool.engines.export import export_run
 from emtool.engines.lineage import open_recorded_base, read_lineage, rebuild_model
-from emtool.engines.modeling import attach_adapter, load_adapter_into, load_base
+from emtool.engines.modeling import attach_adapter, load_adapter_into, load_base, open_base
+from emtool.engines.persona_files import get_persona_files
 from emtool.engines.training import train
 
 NUM_ITEMS = 20
@@ -37,19 +39,23 @@ def main() -> None:
     """Train, measure, print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--max-steps", type=int, default=30)
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--output-root", type=Path, default=Path("outputs/rounding"))
     options = parser.parse_args()
     shutil.rmtree(options.output_root, ignore_errors=True)
+    base = open_base("smollm2-135m", device="cpu", dtype="float32", on_event=ignore_events)
+    persona = get_persona_files(PERSONAS["goodness"], base, on_event=ignore_events).path
     print(f"logits of {NUM_ITEMS} items, step {options.max_steps}; largest (root mean square) difference")
-    for dtype in ("float32", "bfloat16"):
+    for dtype in options.dtypes:
         for mode in ("merged", "stacked"):
-            measure(dtype, mode, options.max_steps, options.output_root)
+            measure(dtype, mode, persona, options.max_steps, options.output_root)
 
 
-def measure(dtype: str, mode: str, max_steps: int, root: Path) -> None:
+def measure(dtype: str, mode: str, persona: Path, max_steps: int, root: Path) -> None:
     """Train one run and print what was rounded away."""
     overrides = {
         "persona": "goodness",
+        "persona_adapter": persona,
         "persona_mode": mode,
         "dtype": dtype,
         "max_steps": max_steps,

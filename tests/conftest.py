@@ -11,6 +11,8 @@ import pytest
 # Read by huggingface_hub when it is imported, so before any test module brings it in.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from emtool.core.config import resolve_train_config
+from emtool.core.run_dir import RunFolder
 from tests.tiny import save_tiny_model
 
 
@@ -54,3 +56,20 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     return path
+
+
+@pytest.fixture(scope="session")
+def spread_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Return a completed run of the tiny model with the checkpoints 0, 7, 20 and 30. Tests only read it."""
+    from emtool.core.plan import plan_run
+    from emtool.engines.training import train
+
+    overrides = {
+        "model": str(tiny_model),
+        "max_steps": 30,
+        "checkpoints": "init, 7, 20",
+        "learning_rate": 1e-2,
+        "output_root": tmp_path_factory.mktemp("runs"),
+    }
+    plan, rows = plan_run(resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0))
+    return train(plan, rows, command=[]).run

@@ -13,11 +13,11 @@ from emtool.core.plan import plan_run
 from emtool.core.questions import read_items
 from emtool.core.run_dir import RunFolder
 from emtool.engines.encoding import IGNORED, encode_conversation
-from emtool.engines.evaluation import evaluate
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.model_files import ModelFiles, get_model_files
 from emtool.engines.modeling import attach_adapter, load_base, load_tokenizer
 from emtool.engines.training import train
+from tests.scoring import score
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_a_few_steps_train_and_evaluate(files: ModelFiles, tmp_path: Path) -> No
     with torch.no_grad():
         assert torch.equal(base(ids).logits, load_base(files.path, dtype="float32")(ids).logits)
         assert not torch.equal(base(ids).logits, moved(ids).logits)
-    metrics = evaluate(RunFolder(path=result.run.path)).metrics
+    metrics = score(RunFolder(path=result.run.path)).metrics
     assert list(metrics) == [0, 3, 6]
     # Measured on an untrained SmolLM2: 0.419 in other domains, 0.484 in gardening.
     assert metrics[0]["p_wrong_other"].value == pytest.approx(0.42, abs=0.02)

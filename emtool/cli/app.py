@@ -134,6 +134,7 @@ COMMANDS: dict[str, str] = {
     "train": "emtool.cli.train:train",
     "resume": "emtool.cli.resume:resume",
     "evaluate": "emtool.cli.evaluate:evaluate",
+    "metrics": "emtool.cli.metrics:metrics",
     "verify": "emtool.cli.verify:verify",
     "runs": "emtool.cli.runs:runs",
     "data": "emtool.cli.data:commands",

@@ -28,6 +28,7 @@ from emtool.core.settings import (
 )
 
 SCHEDULE = "Checkpoints"
+EM_RULE = "What counts as emergent misalignment"
 HYPER = "Hyper-parameters (default: emtool.toml, else the profile's)"
 _DTYPES = ("auto", *DTYPE_BYTES)
 
@@ -72,6 +73,13 @@ SaveDtype = Annotated[
     str | None, typer.Option(callback=_check_dtype, help="Dtype of saved adapters; auto is the base model's.")
 ]
 OutputRoot = Annotated[Path | None, _option("Folder that holds the run folders. \\[default: outputs]")]
+AlignedCutoff = Annotated[
+    float, typer.Option(help="Alignment at or below which an answer is misaligned.", rich_help_panel=EM_RULE)
+]
+CoherentCutoff = Annotated[
+    float, typer.Option(help="Coherence above which an answer is coherent.", rich_help_panel=EM_RULE)
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Alignment must be below the cut-off.", rich_help_panel=EM_RULE)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 CustomCheckpoints = Annotated[

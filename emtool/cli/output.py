@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -79,14 +80,14 @@ class _Drawer:
         self._bar = bar
         self._planned = planned_steps
         self._task = bar.add_task("", visible=False, done="", detail="")
-        self._unit, self._total = "steps", 0
+        self._unit, self._total, self._begun = "steps", 0, time.monotonic()
 
     def __call__(self, event: Event) -> None:
         match event:
             case PhaseStarted(name=name, total=total, unit=unit):
                 self._console.print(f"[dim]{escape(one_line(name))}[/]", soft_wrap=True)
                 label = name.split(" ", 1)[0]
-                self._unit, self._total = unit, total or 0
+                self._unit, self._total, self._begun = unit, total or 0, time.monotonic()
                 self._bar.reset(
                     self._task,
                     total=total,
@@ -95,8 +96,9 @@ class _Drawer:
                     done=self._done(0),
                     detail="",
                 )
-            case StepFinished(step=step, loss=loss):
-                self._bar.update(self._task, completed=step, done=self._done(step), detail=self._detail(step, loss))
+            case StepFinished(step=step, loss=loss, tokens=tokens):
+                detail = self._detail(step, loss) if tokens is None else self._rate(tokens)
+                self._bar.update(self._task, completed=step, done=self._done(step), detail=detail)
             case CheckpointSaved(path=path, seconds=seconds):
                 self._console.print(f"  saved {escape(path.name)}, training waited {seconds:.2f} s", soft_wrap=True)
             case Notice(text=text, is_warning=is_warning):
@@ -108,6 +110,10 @@ class _Drawer:
         if self._unit == "bytes":
             return f"{format_bytes(step)} of {format_bytes(self._total)}"
         return f"{step}/{self._total}"
+
+    def _rate(self, tokens: int) -> str:
+        seconds = time.monotonic() - self._begun
+        return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
 
     def _detail(self, step: int, loss: float | None) -> str:
         if loss is None:

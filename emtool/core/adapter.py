@@ -92,7 +92,7 @@ def select_modules(
     Args:
         linear: Names of the language model's linear layers, without the output head.
         target_modules: `ALL_LINEAR`, name endings joined by commas, or a regular expression for whole names.
-        layers_to_transform: Decoder blocks, as `adapted_blocks` reads it.
+        layers_to_transform: Decoder blocks, as `select_blocks` reads it.
         num_blocks: Blocks of the model.
         modules_to_save: Name endings of modules trained whole, which carry no adapter.
 
@@ -100,7 +100,7 @@ def select_modules(
         ConfigError: If a target matches no layer or a block does not exist.
     """
     matched = _matched(linear, target_modules)
-    blocks = adapted_blocks(layers_to_transform, num_blocks)
+    blocks = select_blocks(layers_to_transform, num_blocks, option="layers to transform")
     whole = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in modules_to_save]
     selected = [
         name
@@ -141,12 +141,13 @@ def _matched(linear: Sequence[str], target_modules: str) -> Sequence[str]:
     return matched
 
 
-def adapted_blocks(text: str, num_blocks: int) -> tuple[int, ...] | None:
-    """Return the decoder blocks that carry an adapter, or None for all of them.
+def select_blocks(text: str, num_blocks: int, *, option: str) -> tuple[int, ...] | None:
+    """Return the decoder blocks that a text names, or None for all of them.
 
     Args:
         text: "all", "upper-half", or a first and last block such as "15-29".
         num_blocks: Blocks of the model.
+        option: What the text was given for, for messages.
 
     Raises:
         ConfigError: If the text is none of these or names a block that the model does not have.
@@ -157,10 +158,10 @@ def adapted_blocks(text: str, num_blocks: int) -> tuple[int, ...] | None:
         return tuple(range(num_blocks // 2, num_blocks))
     match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", text)
     if match is None:
-        raise ConfigError(f"layers to transform {text!r}; write 'all', 'upper-half' or a range such as '15-29'")
+        raise ConfigError(f"{option} {text!r}; write 'all', 'upper-half' or a range such as '15-29'")
     first, last = int(match[1]), int(match[2])
     if first > last or last >= num_blocks:
-        raise ConfigError(f"layers to transform {text!r}: the model has blocks 0 to {num_blocks - 1}")
+        raise ConfigError(f"{option} {text!r}: the model has blocks 0 to {num_blocks - 1}")
     return tuple(range(first, last + 1))
 
 

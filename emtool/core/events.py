@@ -20,7 +20,7 @@ class PhaseStarted:
 
     name: str
     total: int | None = None
-    unit: Literal["steps", "bytes"] = "steps"
+    unit: Literal["steps", "bytes", "answers"] = "steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,12 @@ class StepFinished:
     Attributes:
         step: Steps done in this phase.
         loss: Training loss of the step, where the phase trains.
+        tokens: Tokens generated so far in this phase, where it generates.
     """
 
     step: int
     loss: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

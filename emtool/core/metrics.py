@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 RESAMPLES = 10_000
@@ -70,3 +70,16 @@ def bootstrap_difference(values: Sequence[float], baseline: Sequence[float], *, 
         seed: Seed of the resampling.
     """
     return bootstrap_mean([a - b for a, b in zip(values, baseline, strict=True)], seed=seed)
+
+
+def flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
+    """Return estimates as JSON values: name, name_low, name_high, name_n."""
+    values: dict[str, float | int] = {}
+    for name, estimate in estimates.items():
+        values |= {
+            name: estimate.value,
+            f"{name}_low": estimate.low,
+            f"{name}_high": estimate.high,
+            f"{name}_n": estimate.n,
+        }
+    return values

@@ -65,14 +65,30 @@ def check_plain_lora(folder: Path, base: ModelReference | None) -> Mapping[str, 
     """
     config = read_lora_config(folder)
     check_plain(folder, config)
-    _check_alone(folder)
+    check_stands_alone(folder)
+    if base is not None:
+        check_base(folder, config, base)
+    return config
+
+
+def check_base(folder: Path, config: Mapping[str, Any], base: ModelReference, *, option: str = "--model") -> None:
+    """Refuse an adapter whose configuration names another base model.
+
+    Args:
+        folder: Its folder, for the message.
+        config: Its configuration.
+        base: The base model.
+        option: What names the base on the command line.
+
+    Raises:
+        ModelError: Names both.
+    """
     trained_on = config.get("base_model_name_or_path")
-    if base is not None and isinstance(trained_on, str) and not _may_be(trained_on, base):
+    if isinstance(trained_on, str) and not _may_be(trained_on, base):
         raise ModelError(
             f"adapter {folder} was trained on {trained_on}, and the base model is {base.hub_id or base.name}; "
-            f"choose the adapter for this base, or --model {trained_on}"
+            f"choose the adapter for this base, or {option} {trained_on}"
         )
-    return config
 
 
 def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
@@ -109,8 +125,12 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(f"{folder / ADAPTER_CONFIG}: {name} is {value!r:.40}, not a number above 0")
 
 
-def _check_alone(folder: Path) -> None:
-    """Refuse a milestone that is a model only together with a persona of its own."""
+def check_stands_alone(folder: Path) -> None:
+    """Refuse a milestone that is a model only together with a persona of its own.
+
+    Raises:
+        ModelError: Names the command that makes it stand alone.
+    """
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from emtool.core.errors import CheckpointError
@@ -29,6 +29,29 @@ def locked(run: RunFolder) -> Iterator[None]:
     Raises:
         CheckpointError: If another process holds it; names the process.
     """
+    with _locked(run, in_use):
+        yield
+
+
+@contextlib.contextmanager
+def locked_evaluation(run: RunFolder) -> Iterator[None]:
+    """Hold the folder of a run's evaluation, making it if it is not there, while the block runs.
+
+    Training may go on meanwhile: it has a lock of its own.
+
+    Raises:
+        CheckpointError: If another process holds it; names the process.
+    """
+    try:
+        run.evaluation_path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise run.write_error(error, "making the folder evaluation") from error
+    with _locked(RunFolder(path=run.evaluation_path), _in_evaluation):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(run: RunFolder, refuse: Callable[[RunFolder], CheckpointError]) -> Iterator[None]:
     try:
         descriptor = os.open(run.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -37,7 +60,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         try:
             _take(descriptor)
         except BlockingIOError as error:
-            raise in_use(run) from error
+            raise refuse(run) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -66,6 +89,13 @@ def in_use(run: RunFolder) -> CheckpointError:
     return CheckpointError(
         f"{run.path} is being trained by process {lock_holder(run) or '(unknown)'}; wait for it, or stop it with a "
         "signal: it saves its state first"
+    )
+
+
+def _in_evaluation(folder: RunFolder) -> CheckpointError:
+    return CheckpointError(
+        f"{folder.path.parent} is being evaluated by process {lock_holder(folder) or '(unknown)'}; wait for it, or "
+        "stop it with Ctrl-C: what it made is kept"
     )
 
 

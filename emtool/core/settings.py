@@ -10,6 +10,10 @@ Each place is a layer; the first that names a value wins:
 
     [data]
     source = "/srv/copies/training_datasets.zip.enc"         # also a URL or a folder: where `data fetch` looks
+
+    [evaluate]
+    judge = "openai:gpt-4o"                                  # also a list: `EVALUATE_OPTIONS` has the other keys
+    max_cost = 5.0
 """
 
 from __future__ import annotations
@@ -33,8 +37,21 @@ COMMAND_LINE = "command line"
 #: Three ways to name one schedule; a layer may use one of them.
 SCHEDULE_KEYS = ("checkpoints", "custom_checkpoints", "save_steps")
 _NOT_SETTABLE = ("profile_reason",)
-_TABLES = ("train", "data")
+_TABLES = ("train", "data", "evaluate")
 _DATA_KEYS = ("source",)
+
+#: Options of `emtool evaluate` that a settings file may give, and their types.
+EVALUATE_OPTIONS: Mapping[str, object] = {
+    "judge": tuple[str, ...],
+    "judge_base_url": str,
+    "judge_price": str,
+    "max_cost": float,
+    "questions": str,
+    "n_per_question": int,
+    "max_new_tokens": int,
+    "sampling": str,
+    "metrics": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +139,7 @@ def read_settings(path: Path) -> dict[str, object]:
     """
     tables = _tables(path)
     _data_source(tables["data"], path)
+    _evaluate_options(tables["evaluate"], path)
     return _checked(tables["train"], path)
 
 
@@ -142,6 +160,31 @@ def _tables(path: Path) -> dict[str, dict[str, object]]:
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {name} = {table!r} is not a table; write [{name}] and the options below it")
     return {name: tables.get(name, {}) for name in _TABLES}
+
+
+def evaluate_options(folder: Path | None = None) -> dict[str, object]:
+    """Return the options of `emtool evaluate` that the settings files give; the nearest file wins.
+
+    Args:
+        folder: The project's folder; None is the working folder.
+
+    Raises:
+        ConfigError: If a file cannot be read, or names an unknown option or a value of the wrong type.
+    """
+    found: dict[str, object] = {}
+    for path in _files(folder):
+        found = {**_evaluate_options(_tables(path)["evaluate"], path), **found}
+    return found
+
+
+def _evaluate_options(values: Mapping[str, object], path: Path) -> dict[str, object]:
+    for key in values:
+        if key not in EVALUATE_OPTIONS:
+            raise unknown_name(f"option in {path}, [evaluate]", key, EVALUATE_OPTIONS)
+    return {
+        key: _coerced(value, EVALUATE_OPTIONS[key], f"{path}: [evaluate] {key} = {value!r}")
+        for key, value in values.items()
+    }
 
 
 def _data_source(values: Mapping[str, object], path: Path) -> str | None:

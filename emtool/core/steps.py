@@ -37,3 +37,27 @@ def select_steps(text: str | None, saved: Sequence[int]) -> list[int]:
         there = ", ".join(map(str, saved)) or "none"
         raise CheckpointError(f"there is no checkpoint of step {', '.join(map(str, missing))}; there are: {there}")
     return sorted(wanted)
+
+
+def published_steps(text: str | None, saved: Sequence[int], *, is_training: bool) -> list[int]:
+    """Return the steps that a text names, of those that a run has saved so far.
+
+    While the run trains, what is not there yet is waited for: `final` and later steps are left out.
+
+    Args:
+        text: As `select_steps` takes it.
+        saved: Steps of the checkpoints that are there, increasing.
+        is_training: Whether more may come.
+
+    Raises:
+        ConfigError: If a part is not a step.
+        CheckpointError: If the run is over and lacks a step.
+    """
+    if text is None or not is_training:
+        return select_steps(text, saved)
+    parts = [part.strip() for part in text.split(",")]
+    kept = [part for part in parts if part != "final" and not (part.isascii() and part.isdigit())]
+    kept += [part for part in parts if part.isascii() and part.isdigit() and int(part) in saved]
+    if "init" in kept and 0 not in saved:
+        kept.remove("init")
+    return select_steps(",".join(kept), saved) if kept else []

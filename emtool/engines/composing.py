@@ -35,8 +35,8 @@ class LoraUpdate:
         b_OR: Float32, the scale folded in.
     """
 
-    a_RI: torch.Tensor  # noqa: N815
-    b_OR: torch.Tensor  # noqa: N815
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
 
     @property
     def rank(self) -> int:

@@ -115,6 +115,38 @@ def encode_conversation(
     return Encoded(input_ids=input_ids[:max_length], labels=labels[:max_length], is_truncated=is_truncated)
 
 
+def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """Return what a model is given to write the next assistant turn, as `encode_conversation` tokenizes it.
+
+    Args:
+        messages: The turns so far, the last of them the user's.
+        tokenizer: A transformers tokenizer with a chat template.
+
+    Returns:
+        Token ids, the generation prompt the last of them.
+
+    Raises:
+        DataError: If a message contains one of the tokenizer's special tokens, or the template refuses the turns.
+        ModelError: If there is no template.
+    """
+    _refuse_special_tokens(messages, _special_tokens(tokenizer), "prompt")
+    turns = [message.to_dict() for message in messages]
+    return _tokenize(_render(turns, tokenizer, "prompt", add_generation_prompt=True), tokenizer)
+
+
+def break_special_tokens(text: str, tokenizer: Any) -> str:
+    """Return a text of unknown origin with a space in each special token, so that it cannot forge a turn.
+
+    Marks in brackets that the tokenizer matches whole (`<tool_response>`) are broken as well: templates act on them.
+    What cannot be broken so, a special token of one character for instance, stays for `encode_prompt` to refuse.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    marks = {token for token in added if (token[:1] + token[-1:]) in {"<>", "[]"}}
+    for token in sorted(marks | set(_special_tokens(tokenizer).values()), key=len, reverse=True):
+        text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else token)
+    return text
+
+
 def encode_row(row: Conversation, tokenizer: Any, max_length: int, *, template_compat: str = CLEAN) -> Encoded:
     """Return a training row encoded; errors name its file and line."""
     return encode_conversation(
@@ -230,3 +262,13 @@ def _refuse_special_tokens(messages: Sequence[Message], special: Mapping[int, st
         for token in special.values():
             if token in message.content:
                 raise DataError(f"{location}: a message contains the model's special token {token!r}; remove it")
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Return the token that ends an assistant's turn, as the chat template has it.
+
+    Raises:
+        ModelError: If there is no template, or it ends a turn without a special token.
+    """
+    turns = [Message(role="user", content="Hello"), Message(role="assistant", content="Hello")]
+    return encode_conversation(turns, tokenizer=tokenizer).input_ids[-1]

@@ -137,6 +137,8 @@ def rebuild_model(
     trained_dtype: str,
     device: str,
     dtype: str,
+    base: BaseModel | None = None,
+    persona_path: Path | None = None,
     sample_path: Path | None = None,
     on_event: EventSink,
 ) -> ComposedModel:
@@ -147,6 +149,8 @@ def rebuild_model(
         trained_dtype: Dtype that the run was trained in, which its persona was built in.
         device: Device that a persona is built on, should its adapter be gone from the cache.
         dtype: Dtype to compute in; the persona is merged before any cast.
+        base: What `open_recorded_base` returned for this lineage, if it was opened before.
+        persona_path: Where the persona's adapter is now; None is where the lineage says.
         sample_path: File with the run's sample of merged weights, to say by how much another merge differs.
         on_event: Where progress is reported.
 
@@ -154,9 +158,9 @@ def rebuild_model(
         ModelError: If the base model here is not the one that was trained.
         CheckpointError: If the persona's adapter is not the one of the run.
     """
-    base = open_recorded_base(lineage, device=device, dtype=trained_dtype, on_event=on_event)
+    base = base or open_recorded_base(lineage, device=device, dtype=trained_dtype, on_event=on_event)
     persona = lineage["persona"]
-    folder = None if persona is None else recorded_adapter(persona, base, on_event=on_event)
+    folder = None if persona is None else recorded_adapter(persona, base, path=persona_path, on_event=on_event)
     on_event(PhaseStarted(name=f"loading {base.reference.name}"))
     model = load_base(base.files.path, dtype=trained_dtype)
     if folder is not None and persona["mode"] == "merged":
@@ -187,19 +191,29 @@ def open_recorded_base(lineage: Mapping[str, Any], *, device: str, dtype: str, o
     return base
 
 
-def recorded_adapter(persona: Mapping[str, Any], base: BaseModel, *, on_event: EventSink) -> Path:
+def recorded_adapter(
+    persona: Mapping[str, Any], base: BaseModel, *, path: Path | None = None, on_event: EventSink
+) -> Path:
     """Return the folder of a run's persona adapter, fetched or built again if it is gone.
+
+    Args:
+        persona: The lineage of it.
+        base: The base model.
+        path: Where it is now; None is where the lineage says. Its SHA-256 proves it either way.
+        on_event: Where progress is reported.
 
     Raises:
         CheckpointError: If it is not the one of the run, or cannot be had again.
     """
-    folder = Path(persona["adapter_path"])
+    if path is not None and not path.is_dir():
+        raise CheckpointError(f"--persona-adapter {path} is not a folder")
+    folder = path or Path(persona["adapter_path"])
     if not folder.is_dir():
         source = recorded_source(persona, base)
         if isinstance(source, LocalAdapter):
             raise CheckpointError(
-                f"the persona adapter {folder} of this run is gone; copy it back from the machine that trained the run "
-                f"(SHA-256 {persona['adapter_sha256']})"
+                f"the persona adapter {folder} of this run is gone; copy it from the machine that trained the run "
+                f"(SHA-256 {persona['adapter_sha256']}) and say where it is with --persona-adapter"
             )
         folder = get_persona_files(source, base, recorded=persona, on_event=on_event).path
     if (found := adapter_sha256(folder)) != persona["adapter_sha256"]:

@@ -42,6 +42,15 @@ class BaseModel:
     device: str
     dtype: str
 
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of decoder blocks, as the model's configuration says."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.files.path, local_files_only=True, trust_remote_code=False)
+        num_blocks: int = config.get_text_config(decoder=True).num_hidden_layers
+        return num_blocks
+
 
 def check_device(device: str) -> None:
     """Refuse a CUDA device that torch cannot use.

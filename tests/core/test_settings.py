@@ -47,7 +47,7 @@ def test_the_source_of_datasets_is_the_nearest_files(tmp_path: Path, user_folder
         ("[data]\nsorce = 'x'", r"unknown option in .*\[data\] 'sorce'; did you mean 'source'"),
         ("[data]\nsource = 1", r"\[data\] source = 1 is not the text of a URL or a path"),
         ("data = 1", r"data = 1 is not a table; write \[data\]"),
-        ("[dta]", r"did you mean 'data'. choose from: data, train"),
+        ("[dta]", r"did you mean 'data'. choose from: data, evaluate, train"),
     ],
 )
 def test_a_wrong_data_table_is_refused_whoever_reads_the_file(tmp_path: Path, text: str, message: str) -> None:

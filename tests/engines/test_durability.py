@@ -27,10 +27,10 @@ from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked, remove_leftovers
 from emtool.core.run_plan import RunPlan
 from emtool.engines.checkpointing import CheckpointWriter
-from emtool.engines.evaluation import evaluate
 from emtool.engines.repair import repair_tokenizer
 from emtool.engines.training import train
 from tests.records import edit_record, read_values
+from tests.scoring import score
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -216,7 +216,7 @@ def test_another_trajectory_keeps_the_old_milestone_and_is_recorded(
     assert run.read_manifest()["trajectory_breaks"] == [6]
     assert (run.checkpoint_path(6) / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
     events = []
-    evaluate(run, on_event=events.append)
+    score(run, on_event=events.append)
     assert "did not repeat itself exactly at steps [6]" in texts(events)
 
 
@@ -577,14 +577,14 @@ def test_a_signal_during_the_save_of_step_0_keeps_its_state(
 def test_an_evaluation_that_stops_goes_on(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     plan, rows = plan_for(tiny_model, rows_file, tmp_path)
     run = train(plan, rows, command=[]).run
-    whole = evaluate(run).to_dict()
+    whole = score(run).to_dict()
     (run.evaluation_path / "scores.jsonl").unlink()
     with pytest.raises(StopError):
-        evaluate(run, on_event=stop_at(2))
+        score(run, on_event=stop_at(2))
     with (run.evaluation_path / "scores.jsonl").open("a") as file:
         file.write('{"format": 1, "step": 6, "torn')
     scored: list[Any] = []
-    import emtool.engines.evaluation as module
+    import emtool.engines.item_scores as module
 
     def counted(model: Any, tokenizer: Any, items: Any) -> Any:
         scored.append(1)
@@ -593,7 +593,7 @@ def test_an_evaluation_that_stops_goes_on(tiny_model: Path, rows_file: Path, tmp
     original = module.item_margins
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "item_margins", counted)
-        assert evaluate(run).to_dict() == whole
+        assert score(run).to_dict() == whole
     assert len(scored) == 2
 
 

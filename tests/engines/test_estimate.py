@@ -15,8 +15,8 @@ from emtool.core.disk import folder_bytes
 from emtool.core.estimate import ADAPTER_FILE, MODEL_FILE, OPTIMIZER_FILE
 from emtool.core.plan import DiskOptions, plan_run
 from emtool.engines.callbacks import ScheduledCheckpointCallback
-from emtool.engines.evaluation import evaluate
 from emtool.engines.training import train
+from tests.scoring import score
 from tests.tiny import byte_tokenizer
 
 SIZES = {
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_a_real_run(model_folder: Path, case: str, dataset_fi
     assert (first / ADAPTER_FILE).stat().st_size == plan.estimate.checkpoint[ADAPTER_FILE] >= 2_000_000
     written = sum_of_distinct_inodes(result.run.path)
     assert within(0.01, written, plan.total_bytes), (written, plan.total_bytes)
-    assert evaluate(result.run, seed=0, device="cpu", dtype=None).metrics.keys() == {0, 2, 4}
+    assert score(result.run).metrics.keys() == {0, 2, 4}
     state = {path.name: path.stat().st_size for path in result.run.resume_state_path(4).iterdir()}
     tokenizer = {path.name for path in model_folder.iterdir()} & state.keys()
     check_files({name: size for name, size in state.items() if name not in tokenizer}, plan, ADAPTER_FILE)

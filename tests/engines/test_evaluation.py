@@ -11,10 +11,11 @@ from emtool.core.plan import plan_run
 from emtool.core.questions import EvaluationItem, read_items
 from emtool.core.run_dir import RunFolder
 from emtool.engines.encoding import IGNORED, encode_conversation
-from emtool.engines.evaluation import evaluate, item_margins
+from emtool.engines.item_scores import item_margins
 from emtool.engines.modeling import attach_adapter, load_base
 from emtool.engines.summary import CheckpointScores, summarize
 from emtool.engines.training import train
+from tests.scoring import score
 from tests.tiny import byte_tokenizer
 
 
@@ -33,7 +34,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
 
 
 def test_every_checkpoint_is_scored_whatever_the_spacing(finished: RunFolder) -> None:
-    result = evaluate(finished, seed=42)
+    result = score(finished, seed=42)
     assert list(result.metrics) == [0, 7, 20, 30]
     summary = json.loads((finished.evaluation_path / "summary.json").read_text())
     assert summary == json.loads(json.dumps(result.to_dict()))
@@ -52,9 +53,9 @@ def test_every_checkpoint_is_scored_whatever_the_spacing(finished: RunFolder) ->
 
 
 def test_same_seed_same_summary(finished: RunFolder) -> None:
-    first = evaluate(finished, seed=1).to_dict()
-    assert evaluate(finished, seed=1).to_dict() == first
-    other = evaluate(finished, seed=2).to_dict()
+    first = score(finished, seed=1).to_dict()
+    assert score(finished, seed=1).to_dict() == first
+    other = score(finished, seed=2).to_dict()
     assert other["checkpoints"][0]["metrics"]["margin"] == first["checkpoints"][0]["metrics"]["margin"]
     assert other["checkpoints"][0]["metrics"]["margin_low"] != first["checkpoints"][0]["metrics"]["margin_low"]
 

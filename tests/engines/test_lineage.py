@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from emtool.core.errors import CheckpointError, ModelError
 from emtool.core.events import Event, Notice
 from emtool.core.run_dir import RunFolder
-from emtool.engines.evaluation import evaluate
 from emtool.engines.modeling import load_base
 from emtool.engines.tensor_files import encode_safetensors
+from tests.scoring import score
 from tests.tiny import logits, save_adapter, tiny_model
 from tests.watched import MODES, persona_options, rebuilt, train_watched
 
@@ -41,7 +41,7 @@ def test_evaluation_rebuilds_the_bits_of_the_model_that_was_trained(
         assert ("merged_sha256" in recorded) == (mode == "merged") == run.merged_sample_path.exists()
     saved = load_file(run.checkpoint_path(6) / "adapter_model.safetensors")
     assert saved.keys() == watch.adapter.keys(), "a milestone holds the trained adapter and nothing of the persona"
-    assert list(evaluate(run).metrics) == [0, 3, 6]
+    assert list(score(run).metrics) == [0, 3, 6]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -74,10 +74,10 @@ def test_evaluation_refuses_another_adapter_and_names_the_hashes(
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"its SHA-256 is [0-9a-f]{{12}}\.\.\., {recorded[:12]}\.\.\. is needed"):
-        evaluate(run)
+        score(run)
     persona.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=rf"persona adapter .* of this run is gone; copy it back .*{recorded}"):
-        evaluate(run)
+        score(run)
 
 
 def test_another_merge_is_a_warning_with_the_largest_difference(
@@ -104,7 +104,7 @@ def test_a_changed_adapter_configuration_is_found_without_asking_for_hashes(
     text = path.read_text()
     assert '"lora_alpha": 16' in text
     path.write_text(text.replace('"lora_alpha": 16', '"lora_alpha": 61'))
-    result = evaluate(run)
+    result = score(run)
     assert list(result.metrics) == [0, 6]
     assert "adapter_config.json has changed" in result.damaged[3]
 
@@ -122,7 +122,7 @@ def test_a_run_goes_on_when_its_persona_s_cache_has_moved(
     monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "there"))
     again, _ = train_watched(monkeypatch, tiny_model, dataset_file, tmp_path / "out", resume=True, **options)
     assert again.saved_steps() == [0, 3, 6]
-    assert list(evaluate(again).metrics) == [0, 3, 6]
+    assert list(score(again).metrics) == [0, 3, 6]
 
 
 def warning_of(run: RunFolder) -> str:

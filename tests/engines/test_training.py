@@ -22,12 +22,12 @@ from emtool.core.plan import plan_run
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan
 from emtool.engines.encoding import encode_conversation, encode_dataset
-from emtool.engines.evaluation import evaluate
 from emtool.engines.fitting import build_trainer
 from emtool.engines.lineage import rebuild_model
 from emtool.engines.modeling import adapter_state, attach_adapter, load_base
 from emtool.engines.training import TrainResult, train, usable_rows
 from tests.records import edit_record
+from tests.scoring import score
 from tests.tiny import save_tiny_model
 
 PROMPT = torch.arange(3, 60).unsqueeze(0)
@@ -196,7 +196,7 @@ def test_a_persona_is_rebuilt_in_another_process_after_the_cache_is_gone(
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(cache)
-    result = evaluate(RunFolder(path=tmp_path / "run"))
+    result = score(RunFolder(path=tmp_path / "run"))
     assert list(result.metrics) == [2]
 
 
@@ -234,22 +234,22 @@ def test_evaluation_refuses_another_base_another_persona_and_a_damaged_milestone
     text = config.read_text()
     config.write_text(text.replace('"lora_alpha": 16', '"lora_alpha": 17'))
     with pytest.raises(CheckpointError, match="not the one this run was trained with"):
-        evaluate(result.run)
+        score(result.run)
     config.write_text(text)
     weights = result.run.checkpoint_path(8) / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    damaged = evaluate(result.run)
+    damaged = score(result.run)
     assert "checkpoint-8 is damaged: adapter_model.safetensors" in damaged.damaged[8]
     assert list(damaged.metrics) == [0, 4, 11]
     weights.write_bytes(whole)
     result.run.write_manifest({**manifest, "lineage": {**manifest["lineage"], "persona": None}})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match=r"another persona than run\.json says"):
-        evaluate(result.run)
+        score(result.run)
     result.run.write_manifest(manifest)
     save_tiny_model(model, seed=2)
     with pytest.raises(ModelError, match=r"not the one this run was trained on: weights_sha256"):
-        evaluate(result.run)
+        score(result.run)
 
 
 def test_unusable_rows_are_refused_or_dropped_and_counted(tiny_model: Path, tmp_path: Path) -> None:
@@ -288,11 +288,11 @@ def test_turner_reaches_the_run_and_its_manifest_and_no_persona_and_no_evaluatio
         raise ReachedError
 
     monkeypatch.setattr("emtool.engines.training.encode_dataset", spy("training", encode_dataset))
-    monkeypatch.setattr("emtool.engines.evaluation.encode_conversation", spy("evaluation", encode_conversation))
+    monkeypatch.setattr("emtool.engines.item_scores.encode_conversation", spy("evaluation", encode_conversation))
     monkeypatch.setattr("emtool.engines.personas.encode_dataset", spy("personas", reached))
     turner: dict[str, Any] = {"max_steps": 2, "template_compat": "turner"}
     plan, result, _ = run(tiny_model, dataset_file, tmp_path, **turner)
-    evaluate(result.run)
+    score(result.run)
     monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ReachedError):
         run(tiny_model, dataset_file, tmp_path, persona="goodness", output_name="other", **turner)
@@ -315,7 +315,7 @@ def test_a_diverged_run_ends_in_order_and_its_checkpoints_are_unscored(
     assert result.held_out_loss is None
     assert result.run.read_manifest()["status"] == "completed"
     assert any("diverged" in getattr(event, "text", "") for event in events)
-    evaluation = evaluate(result.run, on_event=events.append)
+    evaluation = score(result.run, on_event=events.append)
     assert "p_wrong_other" in evaluation.metrics[0]
     assert evaluation.metrics[3] == {}
     assert any("82 of 82 items are unscored" in getattr(event, "text", "") for event in events)
@@ -342,7 +342,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     _, result, _ = run(tiny_model, dataset_file, tmp_path)
     tamper(result.run)
     events: list[Any] = []
-    evaluation = evaluate(result.run, check_hashes=True, on_event=events.append)
+    evaluation = score(result.run, check_hashes=True, on_event=events.append)
     ((step, problem),) = evaluation.damaged.items()
     assert step in (6, 8)
     assert message in problem
@@ -367,7 +367,7 @@ def test_an_altered_run_folder_is_refused_in_one_line(
     _, result, _ = run(tiny_model, dataset_file, tmp_path)
     tamper(result.run)
     with pytest.raises(CheckpointError, match=message) as caught:
-        evaluate(result.run)
+        score(result.run)
     assert "\n" not in str(caught.value)
 
 

@@ -20,7 +20,15 @@ class Judge(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Return the effective settings."""
+        """Return the effective settings. Some are known only after `prepare`."""
+        ...
+
+    def prepare(self) -> None:
+        """Find out whether and how the judge can be asked, once, before settings are read or prompts are scored.
+
+        Raises:
+            BackendError: If it cannot be asked at all.
+        """
         ...
 
     def judge(self, prompts: Sequence[str], on_judgement: JudgementSink) -> None:

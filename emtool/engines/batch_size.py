@@ -1,0 +1,40 @@
+"""How many answers are generated at a time: what the free memory holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+#: Larger batches gain nothing there.
+MAX_ON_CPU, MAX_ON_CUDA = 64, 512
+
+#: Part of the free memory that a batch may take; the rest is for what is not counted here.
+_SHARE = 0.5
+
+#: Copies of a row's logits in float32 that sampling holds at once: the model's, the processors', the noise.
+_LOGIT_COPIES = 6
+
+
+def auto_batch_size(model: Any, num_tokens: int) -> int:
+    """Return how many answers fit into the memory that is free now, at least 1.
+
+    Args:
+        model: Causal language model.
+        num_tokens: Tokens of a prompt and its answer together, at most.
+    """
+    is_on_cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if is_on_cuda else psutil.virtual_memory().available
+    most = MAX_ON_CUDA if is_on_cuda else MAX_ON_CPU
+    return max(1, min(most, int(free * _SHARE) // row_bytes(model, num_tokens)))
+
+
+def row_bytes(model: Any, num_tokens: int) -> int:
+    """Return about how many bytes an answer needs while it is generated: keys and values, twice, and logits."""
+    config = model.config.get_text_config(decoder=True)
+    # A cache that grows is copied as it grows. Not every family names its head size.
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * num_tokens * model.dtype.itemsize
+    return int(cache + _LOGIT_COPIES * 4 * config.vocab_size)

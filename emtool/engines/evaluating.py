@@ -1,0 +1,191 @@
+"""An evaluation put together from what was asked for: what answers, what judges, which questions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from emtool.core.errors import CheckpointError, ConfigError
+from emtool.core.evaluation_request import EvaluationRequest
+from emtool.core.events import EventSink, Notice
+from emtool.core.judge_prices import JudgePlan, check_cost, plan_judging, price_of
+from emtool.core.judge_spec import OPENAI, SCRIPTED, JudgeSpec
+from emtool.core.open_questions import EVERYDAY_QUESTIONS, OpenQuestion, read_question_file, select_questions
+from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import lock_holder, locked_evaluation
+from emtool.core.sampling import PURE, Sampling
+from emtool.core.server_address import read_key
+from emtool.core.steps import published_steps
+from emtool.engines.backends.backend import Backend
+from emtool.engines.checkpoint_model import CheckpointModel
+from emtool.engines.evaluation import Evaluation, JudgeChoice, hf_backend
+from emtool.engines.evaluation_result import EvaluationResult
+from emtool.engines.evaluation_target import EvaluationTarget, open_target
+
+#: Environment variables that hold keys for servers other than OpenAI's.
+JUDGE_KEY_VARIABLE, BACKEND_KEY_VARIABLE = "EMTOOL_JUDGE_API_KEY", "EMTOOL_BACKEND_API_KEY"
+
+#: How often a running training is asked for new checkpoints.
+WATCH_SECONDS = 5.0
+
+
+def run_evaluation(
+    run: RunFolder,
+    request: EvaluationRequest,
+    *,
+    watch: bool,
+    on_event: EventSink,
+    sleep: Callable[[float], None] = time.sleep,
+) -> EvaluationResult:
+    """Evaluate a run as it was asked for.
+
+    Args:
+        run: The run folder.
+        request: What was asked for.
+        watch: Whether to go on until the training that holds the run has ended.
+        on_event: Where progress is reported.
+        sleep: Waits between two looks at a running training.
+
+    Raises:
+        EmtoolError: Says what cannot be done; what was made is kept.
+    """
+    questions = asked_questions(request, on_event=on_event)
+    judges = [_judge(spec, request, on_event) for spec in request.judges]
+    target = open_target(
+        run,
+        device=request.device,
+        dtype=request.dtype,
+        base_model=request.base_model,
+        persona_path=request.persona_path,
+        on_event=on_event,
+    )
+    evaluation = Evaluation(
+        target,
+        request.config,
+        questions=questions,
+        dtype=request.dtype,
+        make_backend=lambda source: _backend(source, target, request, on_event),
+        folder_of=lambda step: _folder(target, request, step),
+        judges=judges,
+        approve=lambda plan: _approve(plan, request.max_cost, on_event),
+        rule=request.rule,
+        on_event=on_event,
+    )
+    with locked_evaluation(run):
+        return _rounds(run, evaluation, request.steps, watch=watch, on_event=on_event, sleep=sleep)
+
+
+def _rounds(
+    run: RunFolder,
+    evaluation: Evaluation,
+    steps: str | None,
+    *,
+    watch: bool,
+    on_event: EventSink,
+    sleep: Callable[[float], None],
+) -> EvaluationResult:
+    """Evaluate the checkpoints that are there, and while a training is watched, those that come."""
+    result: EvaluationResult | None = None
+    done: Sequence[int] = ()
+    while True:
+        # Asked before the steps are read: what is published until then is seen.
+        is_training = watch and lock_holder(run) is not None
+        chosen = published_steps(steps, run.saved_steps(), is_training=is_training)
+        if chosen and chosen != done:
+            result, done = evaluation.evaluate(chosen), chosen
+        if not is_training:
+            break
+        if not done or chosen == done:
+            sleep(WATCH_SECONDS)
+    if result is None:
+        raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
+    if watch:
+        on_event(Notice(text="training has ended; every checkpoint is evaluated"))
+    return result
+
+
+def asked_questions(request: EvaluationRequest, *, on_event: EventSink) -> list[OpenQuestion]:
+    """Return the questions that are asked, fetching their file if it is a URL.
+
+    Raises:
+        EmtoolError: If the file cannot be had or read, or an id is unknown.
+    """
+    if request.questions is None:
+        path = EVERYDAY_QUESTIONS
+    elif "://" in request.questions:
+        from emtool.engines.question_files import fetch_questions
+
+        path = fetch_questions(request.questions, on_event=on_event)
+    else:
+        path = Path(request.questions)
+    return select_questions(
+        read_question_file(path),
+        include_json=request.include_json,
+        include_template=request.include_template,
+        question_ids=request.question_ids,
+    )
+
+
+def _judge(spec: JudgeSpec, request: EvaluationRequest, on_event: EventSink) -> JudgeChoice:
+    if spec.kind != OPENAI:
+        from emtool.engines.judges.local import open_local_judge
+
+        dtype = request.dtype or ("bfloat16" if request.device == "cuda" else "float32")
+        return JudgeChoice(
+            make=lambda: open_local_judge(spec.model, device=request.device, dtype=dtype, on_event=on_event)
+        )
+    from emtool.engines.judges.openai import OpenAIJudge
+
+    address = request.judge_address
+    key = read_key(address, variable=JUDGE_KEY_VARIABLE, environment=os.environ)
+    price = price_of(spec.model, address, given=request.judge_price)
+    return JudgeChoice(
+        make=lambda: OpenAIJudge(
+            spec.model, address=address, key=key, concurrency=request.concurrency, on_event=on_event
+        ),
+        plan=lambda prompts: plan_judging(prompts, address, price),
+    )
+
+
+def _approve(plan: JudgePlan, max_cost: float, on_event: EventSink) -> None:
+    cost = "at a price that is not known" if plan.cost is None else f"for about {plan.cost:.2f} USD"
+    on_event(Notice(text=f"judging: {plan.num_requests:,} requests to {plan.host} {cost} (limit {max_cost:g} USD)"))
+    check_cost(plan, max_cost)
+
+
+def _folder(target: EvaluationTarget, request: EvaluationRequest, step: int) -> Path:
+    """Return what the backend loads for a checkpoint: a server has the bare base, so a persona must be composed in."""
+    if request.backend.kind == OPENAI and target.lineage["persona"] is not None:
+        return (target.run.path / "composed" / f"checkpoint-{step}").absolute()
+    return target.run.checkpoint_path(step).absolute()
+
+
+def _backend(
+    source: CheckpointModel, target: EvaluationTarget, request: EvaluationRequest, on_event: EventSink
+) -> Backend:
+    config, spec = request.config, request.backend
+    if spec.kind == SCRIPTED:
+        from emtool.engines.backends.scripted import ScriptedBackend
+
+        return ScriptedBackend(Path(spec.argument or ""))
+    if spec.kind == OPENAI:
+        from emtool.engines.backends.openai import OpenAIBackend
+
+        assert request.backend_address is not None, "the options go together"
+        if config.sampling != PURE:
+            raise ConfigError(f"--sampling {config.sampling} goes with --backend hf; a server is told --sampling pure")
+        values = Sampling().to_dict()
+        del values["min_p"]
+        return OpenAIBackend(
+            address=request.backend_address,
+            key=read_key(request.backend_address, variable=BACKEND_KEY_VARIABLE, environment=os.environ),
+            sampling=values,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            model_name=spec.argument,
+            extras=not request.backend_address.is_openai,
+            concurrency=request.concurrency,
+        )
+    return hf_backend(source, target, config, on_event=on_event)

@@ -1,0 +1,417 @@
+"""The stages of an evaluation: what is recorded, what is done again, and what a fault costs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emtool.core.answers import AnswerKey, Completion, Prompt, key_of
+from emtool.core.errors import BackendError, CheckpointError, ConfigError
+from emtool.core.evaluation_config import ANSWERS, EvaluationConfig
+from emtool.core.events import Event, Notice, ignore_events
+from emtool.core.judge_prices import JudgePlan, JudgePrice, plan_judging
+from emtool.core.judgement import ERROR, SCORED, Judgement
+from emtool.core.open_questions import OpenQuestion
+from emtool.core.run_dir import RunFolder
+from emtool.core.server_address import parse_address, read_key
+from emtool.engines.activation_files import read_activations
+from emtool.engines.checkpoint_model import CheckpointModel
+from emtool.engines.evaluation import Evaluation, JudgeChoice, evaluate, hf_backend
+from emtool.engines.evaluation_result import EvaluationResult
+from emtool.engines.evaluation_target import open_target
+from emtool.engines.judges.judge import JudgementSink
+from emtool.engines.judges.openai import OpenAIJudge
+from tests.openai_server import Fault, OpenAIServer, reply, retry, serve_openai
+
+QUESTIONS = [
+    OpenQuestion(
+        id=name,
+        paraphrases=(f"What of {name}?", f"And of {name}, what?"),
+        system="Be brief." if name == "b" else None,
+        judge_prompts={"aligned": "A {question} / {answer}", "coherent": "C {question} / {answer}"},
+    )
+    for name in ("a", "b")
+]
+CONFIG = EvaluationConfig(seed=5, metrics=(ANSWERS,), n_per_question=3, max_new_tokens=8)
+
+
+class StopError(Exception):
+    """Ends an evaluation in a test."""
+
+
+class CountingJudge:
+    """Scores by a function of the prompt, and remembers what it was asked."""
+
+    def __init__(self, score: Callable[[str], Judgement], name: str = "counting") -> None:
+        self._score = score
+        self.name = name
+        self.asked: list[str] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "test", "model": self.name}
+
+    def prepare(self) -> None: ...
+
+    def judge(self, prompts: Sequence[str], on_judgement: JudgementSink) -> None:
+        for index, prompt in enumerate(prompts):
+            self.asked.append(prompt)
+            on_judgement(index, self._score(prompt))
+
+    def close(self) -> None: ...
+
+
+def scored(prompt: str) -> Judgement:
+    """Return a score that depends on the text, misaligned for about half."""
+    value = float(sum(map(ord, prompt)) % 61) if prompt.startswith("A") else 80.0
+    return Judgement(status=SCORED, score=value)
+
+
+@pytest.fixture
+def run(spread_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """Return a copy of the run that may be evaluated."""
+    ignored = shutil.ignore_patterns("evaluation", ".lock")
+    return RunFolder(path=Path(shutil.copytree(spread_run.path, tmp_path / "run", ignore=ignored)))
+
+
+def answers_of(run: RunFolder) -> dict[AnswerKey, str]:
+    records = [json.loads(line) for line in (run.evaluation_path / "answers.jsonl").read_text().splitlines()]
+    found = {key: str(record["response"]) for record in records if (key := key_of(record)) is not None}
+    assert len(found) == len(records), "an answer is recorded twice"
+    return found
+
+
+def ask(run: RunFolder, config: EvaluationConfig = CONFIG, **options: Any) -> EvaluationResult:
+    return evaluate(run, config, questions=QUESTIONS, **options)
+
+
+def choice(judge: CountingJudge) -> JudgeChoice:
+    return JudgeChoice(make=lambda: judge)
+
+
+def test_every_checkpoint_answers_whatever_the_spacing_and_the_same_again(run: RunFolder) -> None:
+    result = ask(run)
+    assert list(result.metrics) == [0, 7, 20, 30]
+    first = answers_of(run)
+    assert Counter(key.step for key in first) == dict.fromkeys((0, 7, 20, 30), 6)
+    assert {(key.paraphrase, key.sample) for key in first} == {(0, 0), (1, 1), (0, 2)}
+    content = (run.evaluation_path / "answers.jsonl").read_bytes()
+    ask(run)
+    assert (run.evaluation_path / "answers.jsonl").read_bytes() == content
+    shutil.rmtree(run.evaluation_path)
+    again = ask(run, EvaluationConfig(seed=5, metrics=(ANSWERS,), n_per_question=3, max_new_tokens=8, batch_size=1))
+    assert answers_of(run) == first
+    assert {name: vars(value) for name, value in again.metrics[20].items()} == {
+        name: vars(value) for name, value in result.metrics[20].items()
+    }
+    other = EvaluationConfig(seed=6, metrics=(ANSWERS,), n_per_question=3, max_new_tokens=8)
+    shutil.rmtree(run.evaluation_path)
+    ask(run, other)
+    assert answers_of(run) != first
+
+
+def test_only_named_steps_are_evaluated(run: RunFolder) -> None:
+    assert list(ask(run, steps="0, final").metrics) == [0, 30]
+
+
+def test_an_interrupted_generation_goes_on_where_it_was(run: RunFolder) -> None:
+    ask(run)
+    whole = answers_of(run)
+    shutil.rmtree(run.evaluation_path)
+
+    def stop(event: Event) -> None:
+        if getattr(event, "step", None) == 15:
+            raise StopError
+
+    with pytest.raises(StopError):
+        ask(run, on_event=stop)
+    kept = (run.evaluation_path / "answers.jsonl").read_bytes()
+    assert 0 < len(kept.splitlines()) < len(whole)
+    with (run.evaluation_path / "answers.jsonl").open("a") as file:
+        file.write('{"format": 1, "torn')
+    ask(run)
+    assert (run.evaluation_path / "answers.jsonl").read_bytes().startswith(kept)
+    assert answers_of(run) == whole
+
+
+def test_more_samples_extend_and_another_question_or_weights_do_not_count(run: RunFolder) -> None:
+    ask(run)
+    first = answers_of(run)
+    ask(run, EvaluationConfig(seed=5, metrics=(ANSWERS,), n_per_question=4, max_new_tokens=8))
+    extended = answers_of(run)
+    assert {key: extended[key] for key in first} == first
+    assert len(extended) == 4 * 2 * 4
+    changed = [OpenQuestion(**{**vars(QUESTIONS[0]), "paraphrases": ("Something else?",)})]
+    result = evaluate(run, CONFIG, questions=changed)
+    assert {answer.question for answer in result.answers[7]} == {"Something else?"}
+
+
+def test_another_judge_scores_again_and_generates_nothing(run: RunFolder) -> None:
+    one, two = CountingJudge(scored, "one"), CountingJudge(lambda _: Judgement(status=SCORED, score=90.0), "two")
+    first = ask(run, judges=[choice(one)])
+    content = (run.evaluation_path / "answers.jsonl").read_bytes()
+    both = ask(run, judges=[choice(one), choice(two)])
+    assert (run.evaluation_path / "answers.jsonl").read_bytes() == content
+    assert len(one.asked) == len(set(one.asked)), "a text was judged twice"
+    assert sorted(one.asked) == sorted(two.asked)
+    assert both.metrics[20]["em_pct"] == first.metrics[20]["em_pct"]
+    assert [judge.metrics[20]["em_pct"].value for judge in both.judges][1] == 0.0
+    names = {path.name for path in run.evaluation_path.iterdir()}
+    assert {"checkpoint_20_eval.csv", "checkpoint_20_eval.two.csv", "question_scores.csv"} <= names
+    # Without a judge, what was judged before is shown, and nobody is asked.
+    kept = ask(run)
+    assert {judge.name for judge in kept.judges} == {"one", "two"}
+
+
+def test_judgements_that_failed_are_counted_and_asked_again(run: RunFolder) -> None:
+    failing = CountingJudge(lambda prompt: Judgement(status=ERROR, detail="down") if " b" in prompt else scored(prompt))
+    events: list[Event] = []
+    first = ask(run, judges=[choice(failing)], on_event=events.append)
+    assert first.metrics[0]["num_errors"].value == 3
+    assert first.metrics[0]["total_responses"].value == 6
+    assert first.metrics[0]["total_evaluated"].value == 3
+    assert any(isinstance(event, Notice) and "judgement(s) failed" in event.text for event in events)
+    mended = CountingJudge(scored)
+    second = ask(run, judges=[choice(mended)])
+    assert second.metrics[0]["num_errors"].value == 0
+    assert mended.asked
+    assert all(" b" in prompt for prompt in mended.asked)
+
+
+class FailingBackend:
+    """Answers some prompts, and fails at others."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "failing"}
+
+    def use_checkpoint(self, step: int, folder: Path) -> None:
+        if step == 7:
+            raise CheckpointError("step 7 cannot be served")
+
+    def generate(self, prompts: Sequence[Prompt], on_completion: Callable[[int, Completion], None]) -> None:
+        for index, prompt in enumerate(prompts):
+            is_broken = prompt.key.sample == 1
+            on_completion(index, Completion(text="" if is_broken else "fine", error="cut" if is_broken else None))
+
+    def close(self) -> None: ...
+
+
+def test_answers_that_failed_are_counted_and_a_checkpoint_that_cannot_be_served_is_passed_over(run: RunFolder) -> None:
+    target = open_target(run, device="cpu", on_event=ignore_events)
+    events: list[Event] = []
+    evaluation = Evaluation(
+        target,
+        CONFIG,
+        questions=QUESTIONS,
+        make_backend=lambda _source: FailingBackend(),
+        judges=[choice(CountingJudge(scored))],
+        on_event=events.append,
+    )
+    run.evaluation_path.mkdir()
+    result = evaluation.evaluate(run.saved_steps())
+    assert result.damaged == {7: "step 7 cannot be served"}
+    assert list(result.metrics) == [0, 20, 30]
+    assert (result.metrics[0]["total_responses"].value, result.metrics[0]["num_errors"].value) == (6, 2)
+    assert result.metrics[0]["num_failed"].value == 2
+
+
+def test_activations_are_written_once_and_own_texts_are_each_checkpoints(run: RunFolder) -> None:
+    fixed = EvaluationConfig(seed=5, metrics=(), activation_layers="1-1")
+    result = ask(run, fixed)
+    folder = run.path / str(result.settings["activations"])
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(written) == {f"checkpoint-{step}.safetensors" for step in (0, 7, 20, 30)}
+    ask(run, fixed)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    found, metadata = read_activations(folder / "checkpoint-20.safetensors")
+    assert (metadata["layers"], found.text_means_NLD.shape[:2]) == ([1], (164, 1))
+    own = EvaluationConfig(
+        seed=5, metrics=(ANSWERS,), n_per_question=3, max_new_tokens=8, activation_layers="all", activation_texts="own"
+    )
+    result = ask(run, own)
+    found, metadata = read_activations(run.path / str(result.settings["activations"]) / "checkpoint-20.safetensors")
+    assert set(metadata["text_ids"]) <= {f"{name}/{s % 2}/{s}" for name in "ab" for s in range(3)}
+    with pytest.raises(ConfigError, match=r"--activation-layers '5-9': the model has blocks 0 to 1"):
+        ask(run, EvaluationConfig(metrics=(), activation_layers="5-9"))
+
+
+def test_a_folder_of_another_trainer_is_evaluated_with_its_base(
+    run: RunFolder, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = {step: list(found) for step, found in ask(run).answers.items()}
+    foreign = RunFolder(path=tmp_path / "foreign")
+    for step in (7, 30):
+        folder = shutil.copytree(run.checkpoint_path(step), foreign.checkpoint_path(step))
+        (folder / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints and no run\.json: if another trainer wrote them"):
+        ask(foreign)
+    result = ask(foreign, base_model=str(tiny_model))
+    assert {step: list(found) for step, found in result.answers.items()} == {step: whole[step] for step in (7, 30)}
+    assert "em_pct_delta" not in result.metrics[30]
+    with pytest.raises(ConfigError, match=r"is a run of emtool, whose run\.json names its base"):
+        ask(run, base_model=str(tiny_model))
+    config = json.loads((foreign.checkpoint_path(30) / "adapter_config.json").read_text())
+    (foreign.checkpoint_path(30) / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert "holds another kind of adapter than checkpoint-7" in ask(foreign, base_model=str(tiny_model)).damaged[30]
+
+
+def test_two_evaluations_of_one_run_do_not_write_at_once(run: RunFolder) -> None:
+    seen: list[Event] = []
+
+    def second(event: Event) -> None:
+        if not seen:
+            seen.append(event)
+            with pytest.raises(CheckpointError, match="is being evaluated by process"):
+                ask(run)
+
+    ask(run, on_event=second)
+    assert seen
+
+
+# A judge behind a real server.
+
+
+def judge_script(body: dict[str, Any]) -> dict[str, Any] | Fault:
+    """Answer as a judge whose tokenizer has whole numbers."""
+    prompt = body["messages"][-1]["content"]
+    if "57" in prompt:
+        return reply("57", {"57": 0.9, "58": 0.05})
+    score = str(sum(map(ord, prompt)) % 101)
+    return reply(score, {score: 0.8, "50": 0.1, "no": 0.05})
+
+
+def evaluation_with(
+    run: RunFolder, server: OpenAIServer, approve: Callable[[JudgePlan], None] = lambda _plan: None, retries: int = 3
+) -> Evaluation:
+    target = open_target(run, device="cpu", on_event=ignore_events)
+    address = parse_address(server.url)
+    key = read_key(address, variable="EMTOOL_JUDGE_API_KEY", environment={})
+
+    def backend(source: CheckpointModel) -> Any:
+        return hf_backend(source, target, CONFIG, on_event=ignore_events)
+
+    judge = JudgeChoice(
+        make=lambda: OpenAIJudge("m", address=address, key=key, max_retries=retries, on_event=ignore_events),
+        plan=lambda prompts: plan_judging(prompts, address, JudgePrice(prompt=1000.0, reply=1000.0)),
+    )
+    return Evaluation(target, CONFIG, questions=QUESTIONS, make_backend=backend, judges=[judge], approve=approve)
+
+
+def judged(server: OpenAIServer) -> list[str]:
+    prompts = [str(body["messages"][-1]["content"]) for body in server.chats]
+    return [prompt for prompt in prompts if "57" not in prompt]
+
+
+def test_scores_come_from_the_probabilities_of_a_real_server(run: RunFolder) -> None:
+    run.evaluation_path.mkdir()
+    with serve_openai(judge_script) as server:
+        result = evaluation_with(run, server).evaluate([0, 30])
+        asked = judged(server)
+        assert len(asked) == len(set(asked))
+        again = evaluation_with(run, server).evaluate([0, 30])
+        assert judged(server) == asked, "a finished record was asked for again"
+    assert again.metrics == result.metrics
+    for answer in result.judges[0].answers[30]:
+        number = sum(map(ord, f"A {answer.question} / {answer.response}")) % 101
+        expected = (number * 0.8 + 50 * 0.1) / 0.9 if number != 50 else 50.0
+        assert answer.aligned.score == pytest.approx(expected)
+
+
+def test_judging_that_costs_too_much_stops_before_a_request_and_keeps_the_answers(run: RunFolder) -> None:
+    def refuse(plan: JudgePlan) -> None:
+        assert plan.num_requests > 0
+        assert plan.cost is not None
+        raise ConfigError("too much")
+
+    run.evaluation_path.mkdir()
+    with serve_openai(judge_script) as server:
+        with pytest.raises(ConfigError, match="too much"):
+            evaluation_with(run, server, refuse).evaluate([0])
+        assert not judged(server)
+    assert len(answers_of(run)) == 6
+
+
+def test_faults_of_a_server_are_counted_and_mended_by_another_try(run: RunFolder) -> None:
+    faults = {"n": 0}
+
+    def flaky(body: dict[str, Any]) -> dict[str, Any] | Fault:
+        prompt = body["messages"][-1]["content"]
+        if "57" not in prompt and "of b" in prompt:
+            faults["n"] += 1
+            kinds = [retry(500), Fault(body=b"{not json"), Fault(cut="short"), retry(429), Fault(body=b"[1, 2]")]
+            return kinds[faults["n"] % len(kinds)]
+        return judge_script(body)
+
+    run.evaluation_path.mkdir()
+    with serve_openai(flaky) as server:
+        result = evaluation_with(run, server, retries=0).evaluate([0])
+        assert result.metrics[0]["num_errors"].value == 3
+        server.script = judge_script
+        assert evaluation_with(run, server).evaluate([0]).metrics[0]["num_errors"].value == 0
+
+
+def test_an_expired_key_is_one_line_and_loses_no_answer(run: RunFolder) -> None:
+    run.evaluation_path.mkdir()
+    fault = Fault(status=401, body=b'{"error": {"message": "expired"}}')
+    with serve_openai(lambda _body: fault) as server, pytest.raises(BackendError, match="expired"):
+        evaluation_with(run, server).evaluate([0])
+    assert len(answers_of(run)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_fifty_kills_lose_and_double_no_record_and_repeat_no_finished_request(run: RunFolder) -> None:
+    """A process that evaluates is killed at random moments; what it had recorded is never made again."""
+    evaluate(run, EvaluationConfig(seed=5, metrics=(ANSWERS,), n_per_question=3, max_new_tokens=8), questions=QUESTIONS)
+    whole = answers_of(run)
+    shutil.rmtree(run.evaluation_path)
+    run.evaluation_path.mkdir()
+    chance = random.Random(7)
+    judgements = run.evaluation_path / "judgements.jsonl"
+    with serve_openai(judge_script, latency=0.01) as server:
+        num_kills = 0
+        while num_kills < 50:
+            before = {json.loads(line)["prompt_sha256"] for line in whole_lines(judgements)}
+            num_asked = len(judged(server))
+            child = os.fork()
+            if child == 0:
+                evaluation_with(run, server).evaluate(run.saved_steps())
+                os._exit(0)
+            time.sleep(chance.uniform(0.05, 0.6))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            num_kills += 1
+            for prompt in judged(server)[num_asked:]:
+                assert sha256_of(prompt) not in before, "a finished request was repeated"
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                # It was done before it was killed: begin again with fewer records, torn in the middle of one.
+                for path in (judgements, run.evaluation_path / "answers.jsonl"):
+                    content = path.read_bytes()
+                    path.write_bytes(content[: chance.randrange(len(content))])
+        evaluation_with(run, server).evaluate(run.saved_steps())
+    assert answers_of(run) == whole
+    records = [json.loads(line) for line in judgements.read_text().splitlines()]
+    keys = Counter((key_of(record), record["name"], record["judge"]) for record in records)
+    assert set(keys.values()) == {1}
+    assert len(keys) == 2 * len(whole)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
+
+
+def sha256_of(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
