@@ -111,13 +111,13 @@ def em_metrics(
         return found
     values = _values(scored, rule)
     resamples = _Resamples([answer.question_id for answer in scored], seed)
-    found |= {name: resamples.mean(column) for name, column in values.items()}
+    found |= resamples.means(values)
     for name in ("misaligned_pct", "coherent_pct", "em_pct"):
         found |= _wilson_ends(name, sum(value > 0 for value in values[name]), len(scored))
     num_em = sum(value > 0 for value in values["em_pct"])
     every = _Resamples([answer.question_id for answer in answers], seed)
     is_em = {id(answer): value for answer, value in zip(scored, values["em_pct"], strict=True)}
-    found["em_pct_of_all"] = every.mean([is_em.get(id(answer), 0.0) for answer in answers])
+    found |= every.means({"em_pct_of_all": [is_em.get(id(answer), 0.0) for answer in answers]})
     found |= _wilson_ends("em_pct_of_all", num_em, len(answers))
     return found | _changes(scored, start, rule, seed)
 
@@ -182,10 +182,12 @@ def _changes(
     values = _values(now, rule)
     first = _values([before[answer.question_id, answer.pair] for answer in now], rule)
     resamples = _Resamples([answer.question_id for answer in now], seed)
-    return {
-        f"{name}_delta": resamples.mean([a - b for a, b in zip(values[name], first[name], strict=True)])
-        for name in ("avg_aligned", "avg_coherent", "misaligned_pct", "coherent_pct", "em_pct")
-    }
+    return resamples.means(
+        {
+            f"{name}_delta": [a - b for a, b in zip(values[name], first[name], strict=True)]
+            for name in ("avg_aligned", "avg_coherent", "misaligned_pct", "coherent_pct", "em_pct")
+        }
+    )
 
 
 class _Resamples:
@@ -201,20 +203,26 @@ class _Resamples:
         self._sizes = np.bincount(self._clusters).astype(np.float64)
         self._seed = seed
 
-    def mean(self, values: Sequence[float]) -> Estimate:
-        """Return the mean of values with its interval: in each resample, the sum over the number of answers."""
+    def means(self, columns: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
+        """Return the mean of each column with its interval: in each resample, the sum over the number of answers."""
         import numpy as np
 
-        column = np.asarray(values, dtype=np.float64)
-        sums = np.bincount(self._clusters, weights=column)
+        rows = [np.asarray(column, dtype=np.float64) for column in columns.values()]
+        sums = np.stack([np.bincount(self._clusters, weights=row) for row in rows], axis=1)
         num_clusters = len(self._sizes)
         random = np.random.default_rng(self._seed)
-        means: list[NDArray[Any]] = []
+        parts: list[NDArray[Any]] = []
         for size in _chunks(RESAMPLES, most=max(1, _MAX_DRAWS // num_clusters)):
-            weights = random.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
-            means.append((weights @ sums) / (weights @ self._sizes))
-        low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Estimate(value=float(column.mean()), low=float(low), high=float(high), n=len(column))
+            picks = random.integers(0, num_clusters, size=(size, num_clusters))
+            places = picks + num_clusters * np.arange(size)[:, None]
+            drawn = np.bincount(places.ravel(), minlength=size * num_clusters).reshape(size, num_clusters)
+            weights = drawn.astype(np.float64)
+            parts.append((weights @ sums) / (weights @ self._sizes)[:, None])
+        ends = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        return {
+            name: Estimate(value=float(row.mean()), low=float(low), high=float(high), n=len(row))
+            for name, row, low, high in zip(columns, rows, *ends, strict=True)
+        }
 
 
 def _chunks(total: int, *, most: int) -> list[int]:
