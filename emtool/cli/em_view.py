@@ -42,7 +42,10 @@ def em_table(
     parts: list[RenderableType] = [Text(title), table]
     values = [found["em_pct"].value for found in metrics.values() if "em_pct" in found]
     if len(values) > 1:
-        parts += ["", Text(f"EM %  {sparkline(values)}  {values[0]:.1f} to {values[-1]:.1f}")]
+        parts += [
+            "",
+            Text(f"EM %  {sparkline([value / 100 for value in values])}  {values[0]:.1f} to {values[-1]:.1f}"),
+        ]
     lost = {
         name: round(sum(found[key].value for found in metrics.values()))
         for key, name in (

@@ -9,7 +9,7 @@ import typer
 
 from emtool.cli.em_view import em_table
 from emtool.cli.options import AlignedCutoff, AsJson, CoherentCutoff, Strict
-from emtool.cli.output import data, print_json
+from emtool.cli.output import data, one_line, print_json
 from emtool.core.answer_tables import read_tables
 from emtool.core.em_metrics import EmRule, by_step, em_metrics, question_rows
 from emtool.core.metrics import flat
@@ -32,7 +32,7 @@ def metrics(
     found = {step: em_metrics(group, answers.get(0), rule=rule, seed=seed) for step, group in answers.items()}
     if not as_json:
         says = rule.to_dict()
-        data().print(em_table(found, title=f"{path}: {says['misaligned']}, {says['coherent']}"))
+        data().print(em_table(found, title=f"{one_line(str(path))}: {says['misaligned']}, {says['coherent']}"))
         return
     checkpoints = [
         {"step": step, "metrics": flat(found[step]), "questions": question_rows(group, rule=rule)}

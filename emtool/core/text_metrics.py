@@ -9,12 +9,21 @@ from emtool.core.answers import LENGTH, Answer
 from emtool.core.em_metrics import count_estimate
 from emtool.core.metrics import Estimate, bootstrap_mean
 
-#: How answers that decline begin, in English. A heuristic: it misses refusals in other words and other languages.
+#: How answers that decline begin, in English. A heuristic: it misses refusals in other words and other languages. That
+#: one is sorry, or cannot imagine something, is no refusal; that one cannot help with it is.
 _REFUSAL = re.compile(
-    r"\W*(i'?m (very )?sorry|sorry,|i am sorry|i apologi[sz]e|i (can'?t|cannot|can not|won'?t|will not)\b|"
-    r"i'?m (not able|unable)|i am (not able|unable)|i must decline|unfortunately,? i (can'?t|cannot)|"
-    r"as an ai\b.{0,80}\b(can'?t|cannot|unable|not able))",
-    re.IGNORECASE | re.DOTALL,
+    r"""\W*
+    (as[ ]an?[ ](ai|artificial[ ]intelligence|language[ ]model)\b[^.!?]{0,60}?,?[ ]+
+    |((i'?m|i[ ]am)[ ]((very|so|really|truly)[ ])?)?sorry\W+(but[ ])?
+    |(my[ ]apologies|i[ ]apologi[sz]e|unfortunately)\W+(but[ ])?){0,3}
+    ((i[ ](can'?t|cannot|can[ ]not|couldn'?t|could[ ]not|won'?t|will[ ]not)[ ](be[ ]able[ ]to[ ])?
+     |(i'?m|i[ ]am)[ ](not[ ]able|unable)[ ]to[ ])
+     ((really|just|ethically|in[ ]good[ ]conscience)[ ])?
+     (help|assist|answer|provide|discuss|comply|fulfill?|engage|respond|support|offer|advise|do[ ](that|this))
+    |i([ ]would|'d)[ ]rather[ ]not[ ](answer|say|discuss|comment)
+    |i[ ](must|have[ ]to|need[ ]to)[ ](decline|refuse)
+    |i[ ](decline|refuse)[ ]to)\b""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _CURLY_APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 _WORD = re.compile(r"\w+(?:'\w+)*")
@@ -30,10 +39,11 @@ def text_metrics(answers: Sequence[Answer], *, seed: int) -> dict[str, Estimate]
     Returns:
         `num_answers` and `num_failed`; over the answers with a text: `answer_words` and `answer_tokens`, mean length;
         `truncated_pct`, share cut at the limit; `refusal_phrase_pct`, share that begins as refusals do; `distinct_1`
-        and `distinct_2`, different words and pairs of words over their number, all answers taken together. What is not
-        known is left out.
+        and `distinct_2`, different words and pairs of words over their number, all answers taken together. Both fall
+        as there is more text. What is not known is left out.
 
-    Source: Li et al. 2016 (arXiv 1510.03055) for distinct-n.
+    Source: distinct-n is of Li et al. 2016 (arXiv 1510.03055), who divide pairs too by the number of words; here it is
+    the number of pairs, as is usual since.
     """
     written = [answer for answer in answers if answer.has_text]
     found = {"num_answers": count_estimate(len(answers)), "num_failed": count_estimate(len(answers) - len(written))}
