@@ -32,10 +32,10 @@ from emtool.core.run_dir import RunFolder
 from emtool.core.server_address import parse_address, read_key
 from emtool.engines.activation_files import encode_texts, item_texts
 from emtool.engines.activations import answer_mask, mean_activations
+from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.decoder_blocks import decoder_blocks
 from emtool.engines.encoding import encode_prompt
-from emtool.engines.evaluation import hf_backend
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
 from emtool.engines.judges.openai import OpenAIJudge
 from emtool.engines.modeling import attach_adapter, load_base
@@ -82,7 +82,7 @@ def bench_generation(target: EvaluationTarget, steps: list[int], samples: int, m
 
     def ours() -> None:
         source = source_of(target)
-        backend = hf_backend(source, target, config, on_event=ignore_events)
+        backend = hf_backend(source, target.base, config, on_event=ignore_events)
         for step in steps:
             prompts = prompts_of(questions, step=step, n_per_question=samples)
             backend.use_checkpoint(step, target.run.checkpoint_path(step))
