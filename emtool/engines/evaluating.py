@@ -19,10 +19,12 @@ from emtool.core.sampling import PURE, Sampling
 from emtool.core.server_address import read_key
 from emtool.core.steps import published_steps
 from emtool.engines.backends.backend import Backend
+from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
-from emtool.engines.evaluation import Evaluation, JudgeChoice, hf_backend
+from emtool.engines.evaluation import Evaluation
 from emtool.engines.evaluation_result import EvaluationResult
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
+from emtool.engines.judges.judge import JudgeChoice
 
 #: Environment variables that hold keys for servers other than OpenAI's.
 JUDGE_KEY_VARIABLE, BACKEND_KEY_VARIABLE = "EMTOOL_JUDGE_API_KEY", "EMTOOL_BACKEND_API_KEY"
@@ -188,4 +190,4 @@ def _backend(
             extras=not request.backend_address.is_openai,
             concurrency=request.concurrency,
         )
-    return hf_backend(source, target, config, on_event=on_event)
+    return hf_backend(source, target.base, config, on_event=on_event)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ from emtool.core.run_lock import locked_evaluation
 from emtool.core.steps import select_steps
 from emtool.engines.activation_files import ActivationFolder, Text, answer_texts, fill_folder, item_texts
 from emtool.engines.backends.backend import Backend
-from emtool.engines.backends.hf import HFBackend, own_generation_values
+from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.evaluation_result import EvaluationResult, JudgeResult, collect, judge_result, write_result
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
 from emtool.engines.generating import AnswerRecord, CheckpointPrompts, generate_answers, with_step
 from emtool.engines.item_scores import score_items
-from emtool.engines.judges.judge import Judge
+from emtool.engines.judges.judge import JudgeChoice
 from emtool.engines.judging import (
     JudgementRecord,
     judge_answers,
@@ -51,20 +50,6 @@ from emtool.engines.summary import CheckpointScores
 
 #: Makes what answers, from the model of the run; a server or a script has no use for that.
 BackendMaker = Callable[[CheckpointModel], Backend]
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeChoice:
-    """A judge that was asked for.
-
-    Attributes:
-        make: Makes it. It is called when there is something to judge: a local judge loads a model of its own.
-        plan: Returns what judging prompts asks of its server; None for a judge that needs none. What a server said is
-            kept for other runs too.
-    """
-
-    make: Callable[[], Judge]
-    plan: Callable[[Sequence[str]], JudgePlan] | None = None
 
 
 class Evaluation:
@@ -339,25 +324,10 @@ def evaluate(
         used,
         questions=asked,
         dtype=dtype,
-        make_backend=lambda source: hf_backend(source, target, used, on_event=on_event),
+        make_backend=lambda source: hf_backend(source, target.base, used, on_event=on_event),
         judges=judges,
         rule=rule,
         on_event=on_event,
     )
     with locked_evaluation(run):
         return evaluation.evaluate(chosen)
-
-
-def hf_backend(
-    source: CheckpointModel, target: EvaluationTarget, config: EvaluationConfig, *, on_event: EventSink
-) -> HFBackend:
-    """Return the backend that answers with the model of the run in this process."""
-    return HFBackend(
-        source,
-        own_values=own_generation_values(target.base.files.path),
-        seed=config.seed,
-        sampling=config.sampling,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        on_event=on_event,
-    )

@@ -51,11 +51,6 @@ class EvaluationTarget:
         domain: str | None = self.lineage["dataset"]["domain"]
         return domain
 
-    @property
-    def is_training(self) -> bool:
-        """Return whether run.json says that training goes on."""
-        return self.manifest is not None and self.run.read_manifest().get("status") == "running"
-
     def damaged(self, steps: Sequence[int], *, check_hashes: bool) -> dict[int, str]:
         """Return what is wrong with checkpoints that cannot be evaluated, by step."""
         problems = {}

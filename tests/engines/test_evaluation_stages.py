@@ -23,11 +23,12 @@ from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
 from emtool.core.server_address import parse_address, read_key
 from emtool.engines.activation_files import read_activations
+from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
-from emtool.engines.evaluation import Evaluation, JudgeChoice, evaluate, hf_backend
+from emtool.engines.evaluation import Evaluation, evaluate
 from emtool.engines.evaluation_result import EvaluationResult
 from emtool.engines.evaluation_target import open_target
-from emtool.engines.judges.judge import JudgementSink
+from emtool.engines.judges.judge import JudgeChoice, JudgementSink
 from emtool.engines.judges.openai import OpenAIJudge
 from tests.openai_server import Fault, OpenAIServer, reply, retry, serve_openai
 
@@ -297,7 +298,7 @@ def evaluation_with(
     key = read_key(address, variable="EMTOOL_JUDGE_API_KEY", environment={})
 
     def backend(source: CheckpointModel) -> Any:
-        return hf_backend(source, target, CONFIG, on_event=ignore_events)
+        return hf_backend(source, target.base, CONFIG, on_event=ignore_events)
 
     judge = JudgeChoice(
         make=lambda: OpenAIJudge("m", address=address, key=key, max_retries=retries, on_event=ignore_events),

@@ -21,12 +21,14 @@ from transformers import (
 
 from emtool.core.answers import LENGTH, STOP, Completion, Prompt
 from emtool.core.errors import BackendError, DataError
+from emtool.core.evaluation_config import EvaluationConfig
 from emtool.core.events import EventSink, Notice
 from emtool.core.sampling import MODEL, Sampling, model_sampling
 from emtool.engines.backends.backend import CompletionSink
 from emtool.engines.batch_size import auto_batch_size
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import encode_prompt, end_of_turn
+from emtool.engines.modeling import BaseModel
 from emtool.engines.noise import GumbelNoise
 
 # Shape suffixes: B prompts of a batch, T tokens.
@@ -188,6 +190,19 @@ class HFBackend:
         kept = ids if end is None else ids[:end]
         text = self._source.tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(text=text, finish_reason=LENGTH if end is None else STOP, num_tokens=len(kept))
+
+
+def hf_backend(source: CheckpointModel, base: BaseModel, config: EvaluationConfig, *, on_event: EventSink) -> HFBackend:
+    """Return the backend that answers with the model of the run in this process."""
+    return HFBackend(
+        source,
+        own_values=own_generation_values(base.files.path),
+        seed=config.seed,
+        sampling=config.sampling,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        on_event=on_event,
+    )
 
 
 def own_generation_values(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""The protocol that every judge follows."""
+"""The protocol that every judge follows, and how one is chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from emtool.core.judge_prices import JudgePlan
 from emtool.core.judgement import Judgement
 
 #: Takes the index of a prompt and its judgement, in the caller's thread, as soon as there is one.
@@ -42,3 +44,17 @@ class Judge(Protocol):
     def close(self) -> None:
         """Let go of what is held: connections, memory."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeChoice:
+    """A judge that was asked for.
+
+    Attributes:
+        make: Makes it. It is called when there is something to judge: a local judge loads a model of its own.
+        plan: Returns what judging prompts asks of its server; None for a judge that needs none. What a server said is
+            kept for other runs too.
+    """
+
+    make: Callable[[], Judge]
+    plan: Callable[[Sequence[str]], JudgePlan] | None = None
