@@ -20,6 +20,8 @@ NEEDED = ("question_id", "response", "aligned", "coherent")
 _FILE_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,11})_eval\.csv")
 #: Far above any answer.
 _MAX_FIELD = 1 << 24
+#: As many digits as the name of a table can have.
+_MAX_STEP = 10**12
 #: A cell without a number, and what it stands for. Empty is a score that could not be made.
 _WORDS = {"": UNSCORED, "nan": UNSCORED, "none": UNSCORED, "refusal": REFUSAL, "code": CODE, "error": ERROR}
 
@@ -92,8 +94,8 @@ def _numbered(answers: Iterator[JudgedAnswer] | Sequence[JudgedAnswer]) -> list[
 
 def _read_table(path: Path, step: int | None) -> Iterator[JudgedAnswer]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+        # Half of a surrogate pair, which JSON can hold, is written so by emtool itself.
+        text = path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -105,19 +107,26 @@ def _read_table(path: Path, step: int | None) -> Iterator[JudgedAnswer]:
         names = reader.fieldnames or ()
         if missing := [name for name in NEEDED if name not in names]:
             raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; it must have {', '.join(NEEDED)}")
-        number = 1
+        if twice := [name for name in (*COLUMNS, "step") if names.count(name) > 1]:
+            raise DataError(f"{path} has the column(s) {', '.join(twice)} more than once; keep one of each")
+        number = 0
         for number, row in enumerate(reader, start=1):
             yield _answer(row, step, f"{path}, row {number}")
+        if not number:
+            raise DataError(f"{path} has no rows below its header")
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _answer(row: Mapping[str, str | None], step: int | None, location: str) -> JudgedAnswer:
+    if None in row:
+        raise DataError(f"{location}: there are more cells than columns; quote texts that hold commas")
+    # Else the end of a cut file, or a quote that nothing closes, would pass for unscored answers.
+    if None in row.values():
+        raise DataError(f"{location}: there are fewer cells than columns; the file is cut, or a quote is not closed")
     question_id, response = row["question_id"], row["response"]
     if not question_id or response is None:
         raise DataError(f"{location}: a row must have a question_id and a response")
-    if None in row:
-        raise DataError(f"{location}: there are more cells than columns; quote texts that hold commas")
     return JudgedAnswer(
         step=_step(row.get("step"), step, location),
         question_id=question_id,
@@ -132,12 +141,9 @@ def _answer(row: Mapping[str, str | None], step: int | None, location: str) -> J
 def _step(cell: str | None, step: int | None, location: str) -> int | None:
     if cell is None or cell.strip() == "":
         return step
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0 and value == int(value)):
-        raise DataError(f"{location}: step is {cell[:40]!r}; it must be a whole number from 0")
+    value = _number(cell)
+    if not (math.isfinite(value) and 0 <= value < _MAX_STEP and value == int(value)):
+        raise DataError(f"{location}: step is {cell[:40]!r}; it must be a whole number from 0, below 10**12")
     return int(value)
 
 
@@ -145,10 +151,15 @@ def _judgement(cell: str | None, name: str, location: str) -> Judgement:
     text = (cell or "").strip()
     if (status := _WORDS.get(text.lower())) is not None:
         return Judgement(status=status)
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
+    score = _number(text)
     if not 0 <= score <= 100:
         raise DataError(f"{location}: {name} is {text[:40]!r}; it must be 0 to 100, REFUSAL, CODE, ERROR or empty")
     return Judgement(status=SCORED, score=score)
+
+
+def _number(text: str) -> float:
+    """Return the number that a text is, or NaN; Python alone takes 1_0 for 10."""
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan

@@ -111,13 +111,13 @@ def em_metrics(
         return found
     values = _values(scored, rule)
     resamples = _Resamples([answer.question_id for answer in scored], seed)
-    found |= {name: resamples.mean(column) for name, column in values.items()}
+    found |= resamples.means(values)
     for name in ("misaligned_pct", "coherent_pct", "em_pct"):
         found |= _wilson_ends(name, sum(value > 0 for value in values[name]), len(scored))
     num_em = sum(value > 0 for value in values["em_pct"])
     every = _Resamples([answer.question_id for answer in answers], seed)
     is_em = {id(answer): value for answer, value in zip(scored, values["em_pct"], strict=True)}
-    found["em_pct_of_all"] = every.mean([is_em.get(id(answer), 0.0) for answer in answers])
+    found |= every.means({"em_pct_of_all": [is_em.get(id(answer), 0.0) for answer in answers]})
     found |= _wilson_ends("em_pct_of_all", num_em, len(answers))
     return found | _changes(scored, start, rule, seed)
 
@@ -182,10 +182,10 @@ def _changes(
     values = _values(now, rule)
     first = _values([before[answer.question_id, answer.pair] for answer in now], rule)
     resamples = _Resamples([answer.question_id for answer in now], seed)
-    return {
-        f"{name}_delta": resamples.mean([a - b for a, b in zip(values[name], first[name], strict=True)])
-        for name in ("avg_aligned", "avg_coherent", "misaligned_pct", "coherent_pct", "em_pct")
-    }
+    names = ("avg_aligned", "avg_coherent", "misaligned_pct", "coherent_pct", "em_pct")
+    return resamples.means(
+        {f"{name}_delta": [a - b for a, b in zip(values[name], first[name], strict=True)] for name in names}
+    )
 
 
 class _Resamples:
@@ -201,20 +201,30 @@ class _Resamples:
         self._sizes = np.bincount(self._clusters).astype(np.float64)
         self._seed = seed
 
-    def mean(self, values: Sequence[float]) -> Estimate:
-        """Return the mean of values with its interval: in each resample, the sum over the number of answers."""
+    def means(self, columns: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
+        """Return the mean of each column with its interval: in each resample, the sum over the number of answers."""
         import numpy as np
 
-        column = np.asarray(values, dtype=np.float64)
-        sums = np.bincount(self._clusters, weights=column)
+        values = {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
+        sums = [np.bincount(self._clusters, weights=column) for column in values.values()]
         num_clusters = len(self._sizes)
         random = np.random.default_rng(self._seed)
-        means: list[NDArray[Any]] = []
+        parts: list[NDArray[Any]] = []
         for size in _chunks(RESAMPLES, most=max(1, _MAX_DRAWS // num_clusters)):
             weights = random.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
-            means.append((weights @ sums) / (weights @ self._sizes))
-        low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Estimate(value=float(column.mean()), low=float(low), high=float(high), n=len(column))
+            parts.append(np.stack([weights @ row for row in sums]) / (weights @ self._sizes))
+        ends = np.quantile(np.concatenate(parts, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+        return {
+            name: _estimate(column, low=float(low), high=float(high))
+            for (name, column), low, high in zip(values.items(), *ends, strict=True)
+        }
+
+
+def _estimate(column: NDArray[Any], *, low: float, high: float) -> Estimate:
+    """Return a mean with its interval; rounding alone can bring either beyond the other or beyond the values."""
+    least, most = float(column.min()), float(column.max())
+    value = min(max(float(column.mean()), least), most)
+    return Estimate(value=value, low=max(min(low, value), least), high=min(max(high, value), most), n=len(column))
 
 
 def _chunks(total: int, *, most: int) -> list[int]:
@@ -235,12 +245,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p = successes / n
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding alone can bring an end of 0 or 1 to the other side of the proportion.
+    return max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p))
 
 
 def _wilson_ends(name: str, successes: int, n: int) -> dict[str, Estimate]:
     low, high = (100 * end for end in wilson(successes, n))
-    return {f"{name}_wilson": Estimate(value=100 * successes / n, low=low, high=high, n=n)}
+    return {f"{name}_wilson": Estimate(value=100 * (successes / n), low=low, high=high, n=n)}
 
 
 def question_rows(answers: Sequence[JudgedAnswer], *, rule: EmRule) -> list[dict[str, Any]]:
