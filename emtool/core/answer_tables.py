@@ -6,8 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from emtool.core.em_metrics import JudgedAnswer
@@ -17,13 +16,13 @@ from emtool.core.judgement import CODE, ERROR, REFUSAL, SCORED, UNSCORED, Judgem
 COLUMNS = ("question", "question_id", "response", "aligned", "coherent")
 #: What a table must have to compute from. Published tables call the response `answer`.
 NEEDED = ("question_id", "response", "aligned", "coherent")
-_OTHER_NAMES = {"answer": "response"}
+_RESPONSE, _PUBLISHED_RESPONSE = "response", "answer"
 
-_STEP = re.compile(r"([0-9]{1,12})(\.0*)?", re.ASCII)
-_SCORE = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _FILE_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,11})_eval\.csv")
 #: Far above any answer.
 _MAX_FIELD = 1 << 24
+#: As many digits as the name of a table can have.
+_MAX_STEP = 10**12
 #: A cell without a number, and what it stands for. Empty is a score that could not be made.
 _WORDS = {"": UNSCORED, "nan": UNSCORED, "none": UNSCORED, "refusal": REFUSAL, "code": CODE, "error": ERROR}
 
@@ -63,103 +62,111 @@ def read_tables(path: Path) -> list[JudgedAnswer]:
     numbered in their order, so that two steps are paired if their tables have the same order.
 
     Raises:
-        DataError: If nothing can be read, there is no row, a column is missing, a score is none, or only some rows say
-            their step; names file and row.
+        DataError: If nothing can be read, a column is missing, or a score is none; names file and row.
     """
-    answers = _numbered(_read_tables(path))
-    if not answers:
-        raise DataError(f"{path} holds no answers")
-    if len({answer.step is None for answer in answers}) > 1:
-        raise DataError(f"{path}: some rows have a step and some have none; fill the column step")
-    return answers
-
-
-def _read_tables(path: Path) -> Iterator[JudgedAnswer]:
     if not path.is_dir():
-        yield from _read_table(path, None)
-        return
+        return _numbered(_read_table(path, None))
     found = {path_: _FILE_NAME.fullmatch(path_.name) for path_ in path.iterdir()}
     tables = sorted((int(match[1]), path_) for path_, match in found.items() if match)
     if not tables:
         raise DataError(f"{path} has no checkpoint_N_eval.csv; give a table, or the folder that holds them")
-    for step, table in tables:
-        yield from _read_table(table, step)
+    return _numbered(answer for step, table in tables for answer in _read_table(table, step))
 
 
-def _numbered(answers: Iterable[JudgedAnswer]) -> list[JudgedAnswer]:
+def _numbered(answers: Iterator[JudgedAnswer] | Sequence[JudgedAnswer]) -> list[JudgedAnswer]:
     counts: dict[tuple[int | None, str], int] = {}
     numbered = []
     for answer in answers:
         place = (answer.step, answer.question_id)
         counts[place] = counts.get(place, -1) + 1
-        numbered.append(replace(answer, pair=(0, counts[place])))
+        numbered.append(
+            JudgedAnswer(
+                step=answer.step,
+                question_id=answer.question_id,
+                pair=(0, counts[place]),
+                question=answer.question,
+                response=answer.response,
+                aligned=answer.aligned,
+                coherent=answer.coherent,
+            )
+        )
     return numbered
 
 
 def _read_table(path: Path, step: int | None) -> Iterator[JudgedAnswer]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+        # Half of a surrogate pair, which JSON can hold, is written so by emtool itself.
+        text = path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save the table as UTF-8") from error
     # The limit is the process's: it is put back for whoever else reads tables in it.
-    before = csv.field_size_limit(_MAX_FIELD)
+    limit = csv.field_size_limit(_MAX_FIELD)
     # A carriage return within an answer is a part of it.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        rows = [row for row in reader if row]
+        names = list(reader.fieldnames or ())
+        if _RESPONSE not in names:
+            names = [_RESPONSE if name == _PUBLISHED_RESPONSE else name for name in names]
+            reader.fieldnames = names
+        if missing := [name for name in NEEDED if name not in names]:
+            raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; it must have {', '.join(NEEDED)}")
+        if twice := [name for name in (*COLUMNS, "step") if names.count(name) > 1]:
+            raise DataError(f"{path} has the column(s) {', '.join(twice)} more than once; keep one of each")
+        number = 0
+        for number, row in enumerate(reader, start=1):
+            yield _answer(row, step, f"{path}, row {number}")
+        if not number:
+            raise DataError(f"{path} has no rows below its header")
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+        raise DataError(f"{path}, line {reader.reader.line_num}: {error}") from error
     finally:
-        csv.field_size_limit(before)
-    names = _names(rows[0] if rows else [], path)
-    for number, row in enumerate(rows[1:], start=1):
-        location = f"{path}, row {number}"
-        if len(row) != len(names):
-            raise DataError(f"{location}: {len(row)} cells for {len(names)} columns; quote texts that hold commas")
-        yield _answer(dict(zip(names, row, strict=True)), step, location)
+        csv.field_size_limit(limit)
 
 
-def _names(header: Sequence[str], path: Path) -> list[str]:
-    """Return the names of a table's columns, those that are called otherwise elsewhere by ours."""
-    names = [name.strip() for name in header]
-    names = [name if _OTHER_NAMES.get(name, name) in names else _OTHER_NAMES.get(name, name) for name in names]
-    if missing := [name for name in NEEDED if name not in names]:
-        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; it must have {', '.join(NEEDED)}")
-    if twice := [name for name in (*COLUMNS, "step") if names.count(name) > 1]:
-        raise DataError(f"{path} has the column(s) {', '.join(twice)} more than once")
-    return names
-
-
-def _answer(row: Mapping[str, str], step: int | None, location: str) -> JudgedAnswer:
-    if not row["question_id"]:
-        raise DataError(f"{location}: a row must have a question_id")
+def _answer(row: Mapping[str, str | None], step: int | None, location: str) -> JudgedAnswer:
+    if None in row:
+        raise DataError(f"{location}: there are more cells than columns; quote texts that hold commas")
+    # Else the end of a cut file, or a quote that nothing closes, would pass for unscored answers.
+    if None in row.values():
+        raise DataError(f"{location}: there are fewer cells than columns; the file is cut, or a quote is not closed")
+    question_id, response = row["question_id"], row["response"]
+    if not question_id or response is None:
+        raise DataError(f"{location}: a row must have a question_id and a response")
     return JudgedAnswer(
-        step=_step(row.get("step", ""), step, location),
-        question_id=row["question_id"],
+        step=_step(row.get("step"), step, location),
+        question_id=question_id,
         pair=(0, 0),
-        question=row.get("question", ""),
-        response=row["response"],
+        question=row.get("question") or "",
+        response=response,
         aligned=_judgement(row["aligned"], "aligned", location),
         coherent=_judgement(row["coherent"], "coherent", location),
     )
 
 
-def _step(cell: str, step: int | None, location: str) -> int | None:
-    if not cell.strip():
+def _step(cell: str | None, step: int | None, location: str) -> int | None:
+    if cell is None or cell.strip() == "":
         return step
-    if (match := _STEP.fullmatch(cell.strip())) is None:
-        raise DataError(f"{location}: step is {cell[:40]!r}; it must be a whole number from 0")
-    return int(match[1])
+    value = _number(cell)
+    if not (math.isfinite(value) and 0 <= value < _MAX_STEP and value == int(value)):
+        raise DataError(f"{location}: step is {cell[:40]!r}; it must be a whole number from 0, below 10**12")
+    return int(value)
 
 
-def _judgement(cell: str, name: str, location: str) -> Judgement:
-    text = cell.strip()
+def _judgement(cell: str | None, name: str, location: str) -> Judgement:
+    text = (cell or "").strip()
     if (status := _WORDS.get(text.lower())) is not None:
         return Judgement(status=status)
-    score = float(text) if _SCORE.fullmatch(text) else math.nan
+    score = _number(text)
     if not 0 <= score <= 100:
         raise DataError(f"{location}: {name} is {text[:40]!r}; it must be 0 to 100, REFUSAL, CODE, ERROR or empty")
     return Judgement(status=SCORED, score=score)
+
+
+def _number(text: str) -> float:
+    """Return the number that a text is, or NaN; Python alone takes 1_0 for 10."""
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan

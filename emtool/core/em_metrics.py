@@ -182,11 +182,9 @@ def _changes(
     values = _values(now, rule)
     first = _values([before[answer.question_id, answer.pair] for answer in now], rule)
     resamples = _Resamples([answer.question_id for answer in now], seed)
+    names = ("avg_aligned", "avg_coherent", "misaligned_pct", "coherent_pct", "em_pct")
     return resamples.means(
-        {
-            f"{name}_delta": [a - b for a, b in zip(values[name], first[name], strict=True)]
-            for name in ("avg_aligned", "avg_coherent", "misaligned_pct", "coherent_pct", "em_pct")
-        }
+        {f"{name}_delta": [a - b for a, b in zip(values[name], first[name], strict=True)] for name in names}
     )
 
 
@@ -207,22 +205,26 @@ class _Resamples:
         """Return the mean of each column with its interval: in each resample, the sum over the number of answers."""
         import numpy as np
 
-        rows = [np.asarray(column, dtype=np.float64) for column in columns.values()]
-        sums = np.stack([np.bincount(self._clusters, weights=row) for row in rows], axis=1)
+        values = {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
+        sums = [np.bincount(self._clusters, weights=column) for column in values.values()]
         num_clusters = len(self._sizes)
         random = np.random.default_rng(self._seed)
         parts: list[NDArray[Any]] = []
         for size in _chunks(RESAMPLES, most=max(1, _MAX_DRAWS // num_clusters)):
-            picks = random.integers(0, num_clusters, size=(size, num_clusters))
-            places = picks + num_clusters * np.arange(size)[:, None]
-            drawn = np.bincount(places.ravel(), minlength=size * num_clusters).reshape(size, num_clusters)
-            weights = drawn.astype(np.float64)
-            parts.append((weights @ sums) / (weights @ self._sizes)[:, None])
-        ends = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+            weights = random.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
+            parts.append(np.stack([weights @ row for row in sums]) / (weights @ self._sizes))
+        ends = np.quantile(np.concatenate(parts, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
         return {
-            name: Estimate(value=float(row.mean()), low=float(low), high=float(high), n=len(row))
-            for name, row, low, high in zip(columns, rows, *ends, strict=True)
+            name: _estimate(column, low=float(low), high=float(high))
+            for (name, column), low, high in zip(values.items(), *ends, strict=True)
         }
+
+
+def _estimate(column: NDArray[Any], *, low: float, high: float) -> Estimate:
+    """Return a mean with its interval; rounding alone can bring either beyond the other or beyond the values."""
+    least, most = float(column.min()), float(column.max())
+    value = min(max(float(column.mean()), least), most)
+    return Estimate(value=value, low=max(min(low, value), least), high=min(max(high, value), most), n=len(column))
 
 
 def _chunks(total: int, *, most: int) -> list[int]:
@@ -243,12 +245,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p = successes / n
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding alone can bring an end of 0 or 1 to the other side of the proportion.
+    return max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p))
 
 
 def _wilson_ends(name: str, successes: int, n: int) -> dict[str, Estimate]:
     low, high = (100 * end for end in wilson(successes, n))
-    return {f"{name}_wilson": Estimate(value=100 * successes / n, low=low, high=high, n=n)}
+    return {f"{name}_wilson": Estimate(value=100 * (successes / n), low=low, high=high, n=n)}
 
 
 def question_rows(answers: Sequence[JudgedAnswer], *, rule: EmRule) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def test_a_table_without_a_score_has_counts_and_no_rate(tmp_path: Path) -> None:
         (["none.csv"], 1, "cannot read none.csv: No such file or directory"),
         (["."], 1, ". has no checkpoint_N_eval.csv; give a table, or the folder that holds them"),
         (["bad.csv"], 1, "bad.csv, row 1: aligned is 'much'; it must be 0 to 100, REFUSAL, CODE, ERROR or empty"),
-        (["empty.csv"], 1, "empty.csv holds no answers"),
+        (["empty.csv"], 1, "empty.csv has no rows"),
         (["good.csv", "--aligned-cutoff", "101"], 2, "--aligned-cutoff is 101.0; it must be 0 to 100"),
         (["good.csv", "--coherent-cutoff", "-1"], 2, "--coherent-cutoff is -1.0; it must be 0 to 100"),
         (["good.csv", "--coherent-cutoff", "nan"], 2, "'nan' is not a number"),

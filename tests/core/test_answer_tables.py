@@ -1,159 +1,205 @@
-"""Tables of judged answers: written and read again to the same, and tables that are wrong or hostile."""
-
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emtool.core.answer_tables import COLUMNS, read_tables, table_name, table_text
 from emtool.core.em_metrics import JudgedAnswer
 from emtool.core.errors import DataError
-from emtool.core.judgement import STATUSES, Judgement
+from emtool.core.judgement import CODE, ERROR, REFUSAL, SCORED, STATUSES, UNSCORED, Judgement
 
-HEAD = "question,question_id,response,aligned,coherent\n"
+HEADER = "question_id,response,aligned,coherent\n"
+BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+def written(folder: Path, text: str | bytes, name: str = "table.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     return path
 
 
-def statuses(answers: list[JudgedAnswer]) -> list[tuple[str, str]]:
-    return [(each.aligned.status, each.coherent.status) for each in answers]
+def score(value: float) -> Judgement:
+    return Judgement(status=SCORED, score=value)
 
 
-JUDGEMENTS = st.one_of(
-    st.floats(0, 100).map(lambda score: Judgement(status="scored", score=score)),
-    st.sampled_from([name for name in STATUSES if name != "scored"]).map(lambda name: Judgement(status=name)),
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_tables(path)
+    return str(caught.value)
+
+
+HARD = st.text(alphabet=st.sampled_from(list("\r\n\t\0\"',;\\ a1\u2028\u0085\x1a\ud800\U0001f600" + BOM)), max_size=12)
+TEXT = HARD | st.text(max_size=12)
+JUDGEMENT = st.floats(0, 100).map(score) | st.sampled_from(
+    [Judgement(status=status) for status in STATUSES if status != SCORED]
 )
 ANSWERS = st.lists(
     st.builds(
         JudgedAnswer,
-        step=st.just(25),
-        question_id=st.text(min_size=1),
+        step=st.none(),
+        question_id=TEXT.filter(bool),
         pair=st.just((0, 0)),
-        question=st.text(),
-        response=st.text(),
-        aligned=JUDGEMENTS,
-        coherent=JUDGEMENTS,
+        question=TEXT,
+        response=TEXT,
+        aligned=JUDGEMENT,
+        coherent=JUDGEMENT,
     ),
     min_size=1,
-    max_size=6,
+    max_size=4,
+    unique_by=lambda answer: answer.question_id,
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(ANSWERS)
-def test_what_is_written_is_read_again_to_the_letter(
-    tmp_path_factory: pytest.TempPathFactory, answers: list[JudgedAnswer]
-) -> None:
-    folder = tmp_path_factory.mktemp("tables")
-    write(folder / table_name(25), table_text(answers))
-    found = read_tables(folder)
-    assert [(e.step, e.question_id, e.question, e.response, e.aligned, e.coherent) for e in found] == [
-        (e.step, e.question_id, e.question, e.response, e.aligned, e.coherent) for e in answers
-    ]
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(answers=ANSWERS, has_mark=st.booleans())
+def test_what_is_written_is_read_again(tmp_path: Path, answers: list[JudgedAnswer], has_mark: bool) -> None:
+    path = written(tmp_path, BOM * has_mark + table_text(answers))
+    assert read_tables(path) == answers
 
 
-def test_the_table_is_what_notebooks_expect(tmp_path: Path) -> None:
-    text = '=1+1\r\n"x", {answer}\0'
-    scored, refused = Judgement(status="scored", score=12.5), Judgement(status="refusal")
-    one = JudgedAnswer(
-        step=0, question_id="a", pair=(1, 3), question="Why?", response=text, aligned=scored, coherent=refused
+def test_the_text_of_a_table() -> None:
+    answer = JudgedAnswer(
+        step=5,
+        question_id="q",
+        pair=(1, 2),
+        question="Why?",
+        response='"So", he\r\nsaid',
+        aligned=score(12.5),
+        coherent=Judgement(status=REFUSAL),
     )
-    path = write(tmp_path / "x.csv", table_text([one]))
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [dict(zip(COLUMNS, ("Why?", "a", text, "12.5", "REFUSAL"), strict=True))]
-
-
-def test_older_words_empty_cells_and_numbers_of_other_programs_are_read(tmp_path: Path) -> None:
-    cells = ["REFUSAL,CODE", ",nan", "None, 50 ", "1e1,0.50", "refusal,100"]
-    text = HEAD + "".join(f"q,a,r,{cell}\n" for cell in cells)
-    found = read_tables(write(tmp_path / "x.csv", text))
-    assert statuses(found) == [
-        ("refusal", "code"), ("unscored", "unscored"), ("unscored", "scored"), ("scored", "scored"),
-        ("refusal", "scored"),
-    ]  # fmt: skip
-    assert [found[3].aligned.score, found[3].coherent.score, found[2].coherent.score] == [10.0, 0.5, 50.0]
-    assert [each.pair for each in found] == [(0, index) for index in range(5)]
-    assert {each.step for each in found} == {None}
-
-
-def test_a_byte_order_mark_carriage_returns_other_columns_and_blank_lines_are_no_obstacle(tmp_path: Path) -> None:
-    text = '\ufeffextra,answer, question_id ,coherent,aligned\r\n\r\n1,"two\r\nlines",a,90,10\r\n'
-    (found,) = read_tables(write(tmp_path / "x.csv", text))
-    assert (found.response, found.question_id, found.question) == ("two\r\nlines", "a", "")
-    assert (found.aligned.score, found.coherent.score) == (10.0, 90.0)
-
-
-def test_response_is_taken_where_a_table_has_answer_as_well(tmp_path: Path) -> None:
-    text = "answer,response,question_id,aligned,coherent\nx,y,a,1,2\n"
-    assert read_tables(write(tmp_path / "x.csv", text))[0].response == "y"
-
-
-def test_the_step_is_the_column_else_the_name_of_the_file(tmp_path: Path) -> None:
-    for name in ("checkpoint_100_eval.csv", "checkpoint_25_eval.csv", "checkpoint_025_eval.csv", "notes.csv"):
-        write(tmp_path / name, HEAD + "q,a,r,1,1\nq,b,r,1,1\nq,a,r,2,2\n")
-    write(tmp_path / "checkpoint_100_eval.other-judge.csv", "not a table")
-    found = read_tables(tmp_path)
-    assert [(each.step, each.question_id, each.pair) for each in found] == [
-        (step, name, (0, index)) for step in (25, 100) for name, index in (("a", 0), ("b", 0), ("a", 1))
-    ]
-    text = "step," + HEAD + "0,q,a,r,1,1\n50.0,q,a,r,1,1\n"
-    assert [each.step for each in read_tables(write(tmp_path / "x.csv", text))] == [0, 50]
-
-
-def test_a_long_answer_is_read_and_the_limit_of_the_process_is_as_before(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
-    long = "x" * 300_000
-    assert read_tables(write(tmp_path / "x.csv", f"{HEAD}q,a,{long},1,1\n"))[0].response == long
-    with pytest.raises(DataError, match="field larger than field limit"):
-        read_tables(write(tmp_path / "y.csv", f"{HEAD}q,a,{'x' * (1 << 24)}x,1,1\n"))
-    assert csv.field_size_limit() == before
+    lost = replace(answer, response="", aligned=Judgement(status=UNSCORED), coherent=Judgement(status=ERROR))
+    assert table_text([answer, lost]) == (
+        '"question","question_id","response","aligned","coherent"\n'
+        '"Why?","q","""So"", he\r\nsaid","12.5","REFUSAL"\n'
+        '"Why?","q","","","ERROR"\n'
+    )
+    assert table_text([]) == ",".join(f'"{name}"' for name in COLUMNS) + "\n"
+    assert (table_name(5), table_name(0, "gpt")) == ("checkpoint_5_eval.csv", "checkpoint_0_eval.gpt.csv")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("cell", "expected"),
+    [("0", 0.0), ("100", 100.0), ("1e1", 10.0), (" 7.5 ", 7.5)]
+    + [(word, REFUSAL) for word in ("REFUSAL", "refusal", " Refusal ")]
+    + [("CODE", CODE), ("code", CODE), ("ERROR", ERROR), ("", UNSCORED), ("NaN", UNSCORED), ("None", UNSCORED)],
+)
+def test_a_cell_is_a_score_or_the_word_for_why_there_is_none(tmp_path: Path, cell: str, expected: float | str) -> None:
+    (answer,) = read_tables(written(tmp_path, f"{HEADER}q,r,{cell},50\n"))
+    wanted = Judgement(status=expected) if isinstance(expected, str) else score(expected)
+    assert answer.aligned == wanted
+    assert answer.coherent == score(50.0)
+
+
+@pytest.mark.parametrize("cell", ["abc", "101", "-1", "100.0001", "inf", "-inf", "1_0", "n/a", "50%", "0x10"])
+@pytest.mark.parametrize("name", ["aligned", "coherent"])
+def test_a_bad_score_names_file_row_and_column(tmp_path: Path, name: str, cell: str) -> None:
+    bad = f"q,r,{cell},1\n" if name == "aligned" else f"q,r,1,{cell}\n"
+    path = written(tmp_path, f"{HEADER}q,r,1,1\n{bad}")
+    assert refused(path) == (f"{path}, row 2: {name} is {cell!r}; it must be 0 to 100, REFUSAL, CODE, ERROR or empty")
+
+
+def test_a_long_bad_score_is_cut(tmp_path: Path) -> None:
+    assert len(refused(written(tmp_path, f"{HEADER}q,r,{'x' * 9999},1\n"))) < len(str(tmp_path)) + 200
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
     [
-        ("", r"lacks the column\(s\) question_id, response, aligned, coherent; it must have"),
-        ("question_id,aligned\na,1\n", r"lacks the column\(s\) response, coherent"),
-        ("\0\0\0", r"lacks the column\(s\)"),
-        (HEAD, "x.csv holds no answers"),
-        ("aligned," + HEAD + "1,q,a,r,1,1\n", r"has the column\(s\) aligned more than once"),
-        (HEAD + "q,a,r,1,1\nq,a,r,1\n", "row 2: 4 cells for 5 columns; quote texts that hold commas"),
-        (HEAD + "q,a,r,r,1,1\n", "row 1: 6 cells for 5 columns"),
-        (HEAD + "q,,r,1,1\n", "row 1: a row must have a question_id"),
-        (HEAD + "q,a,r,1,1\nq,a,r,high,1\n", "row 2: aligned is 'high'; it must be 0 to 100, REFUSAL, CODE, ERROR or"),
-        (HEAD + "q,a,r,1,101\n", "row 1: coherent is '101'"),
-        (HEAD + "q,a,r,-1,1\n", "row 1: aligned is '-1'"),
-        (HEAD + "q,a,r,1_0,1\n", "row 1: aligned is '1_0'"),
-        (HEAD + "q,a,r,\u0661,1\n", "row 1: aligned is "),
-        (HEAD + "q,a,r,inf,1\n", "row 1: aligned is 'inf'"),
-        (HEAD + f"q,a,r,{'9' * 9_000},1\n", "row 1: aligned is '9999"),
-        (HEAD + 'q,a,"r,1,1\nq,a,r,1,1\n', "line 3: unexpected end of data"),
-        (HEAD + 'q,a,"r"s,1,1\n', "line 2: ',' expected after '\"'"),
-        ("step," + HEAD + "x,q,a,r,1,1\n", "row 1: step is 'x'; it must be a whole number from 0"),
-        ("step," + HEAD + "-5,q,a,r,1,1\n", "row 1: step is '-5'"),
-        ("step," + HEAD + "2.5,q,a,r,1,1\n", "row 1: step is '2.5'"),
-        ("step," + HEAD + "5,q,a,r,1,1\n,q,a,r,1,1\n", "some rows have a step and some have none"),
-        (HEAD.encode("utf-16"), "is not UTF-8 text"),
-        (HEAD.encode() + b"q,a,\xff,1,1\n", "is not UTF-8 text"),
+        ("", "lacks the column(s) question_id, response, aligned, coherent; it must have"),
+        ("question_id,aligned\nq,1\n", "lacks the column(s) response, coherent; it must have"),
+        ("question_id;response;aligned;coherent\nq;r;1;2\n", "lacks the column(s)"),
+        ("question_id,response,aligned,aligned,coherent\nq,r,1,2,3\n", "the column(s) aligned more than once"),
+        (HEADER, "has no rows"),
+        (HEADER + "\n\n", "has no rows"),
+        (HEADER + "q,r,1,2\nq,r,1\n", "row 2: there are fewer cells than columns"),
+        (HEADER + "q,r\n", "row 1: there are fewer cells than columns"),
+        (HEADER + 'q,"r,1,2\nq,r,1,2\n', "line 3: unexpected end of data"),
+        ('question_id,aligned,coherent,response\nq,1,2,"r\nq,1,2,s\n', "line 3: unexpected end of data"),
+        (HEADER + 'q,"r"s,1,2\n', "line 2: ',' expected after"),
+        (HEADER + "q,r, and more,1,2\n", "row 1: there are more cells than columns; quote"),
+        (HEADER + ",r,1,2\n", "row 1: a row must have a question_id"),
+        (HEADER.encode() + b"q,\xff,1,2\n", "is not UTF-8 text (byte 40); save the table as UTF-8"),
+        (HEADER.encode("utf-16"), "is not UTF-8 text (byte 0)"),
     ],
 )
-def test_a_bad_table_is_one_line_that_names_the_place(tmp_path: Path, content: str | bytes, message: str) -> None:
-    path = write(tmp_path / "x.csv", content)
-    with pytest.raises(DataError, match=message) as caught:
-        read_tables(path)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 300
-    assert "\n" not in str(caught.value)
+def test_a_broken_table_is_refused_with_its_file(tmp_path: Path, text: str | bytes, said: str) -> None:
+    path = written(tmp_path, text)
+    message = refused(path)
+    assert message.startswith(str(path))
+    assert said in message
 
 
-def test_a_folder_without_tables_and_a_file_that_is_not_there_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no checkpoint_N_eval\.csv; give a table, or the folder that holds them"):
-        read_tables(tmp_path)
-    with pytest.raises(DataError, match=r"cannot read .*none\.csv: No such file"):
-        read_tables(tmp_path / "none.csv")
+def test_a_huge_field_is_read_and_one_beyond_any_answer_is_refused(tmp_path: Path) -> None:
+    (answer,) = read_tables(written(tmp_path, f"{HEADER}q,{'x' * (1 << 20)},1,2\n"))
+    assert len(answer.response) == 1 << 20
+    path = written(tmp_path, f"{HEADER}q,{'x' * ((1 << 24) + 1)},1,2\n")
+    assert "field larger than field limit" in refused(path)
+
+
+def test_the_limit_of_the_process_is_put_back(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    read_tables(written(tmp_path, f"{HEADER}q,r,1,2\n"))
+    refused(written(tmp_path, f"{HEADER}q,r,x,2\n"))
+    assert csv.field_size_limit() == before
+
+
+def test_published_tables_call_the_response_answer(tmp_path: Path) -> None:
+    (answer,) = read_tables(written(tmp_path, "question,answer,aligned,coherent,question_id\nWhy?,r,1,2,q\n"))
+    assert (answer.question, answer.response, answer.question_id) == ("Why?", "r", "q")
+    (both,) = read_tables(written(tmp_path, "answer,response,aligned,coherent,question_id\nx,r,1,2,q\n"))
+    assert both.response == "r"
+    assert "more than once" in refused(written(tmp_path, "answer,answer,aligned,coherent,question_id\nx,r,1,2,q\n"))
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.csv") == f"cannot read {tmp_path / 'none.csv'}: No such file or directory"
+
+
+def test_other_columns_and_blank_lines_and_other_line_ends_do_not_matter(tmp_path: Path) -> None:
+    path = written(tmp_path, "model,coherent,aligned,response,question_id\r\nm,2,1,r,q\r\n\r\nm,4,3,s,q\r\n")
+    found = read_tables(path)
+    assert [(answer.response, answer.aligned.score, answer.coherent.score) for answer in found] == [
+        ("r", 1, 2),
+        ("s", 3, 4),
+    ]
+    assert {answer.question for answer in found} == {""}
+
+
+def test_a_folder_gives_its_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (10, 9, 0):
+        written(tmp_path, f"{HEADER}q,r{step},1,2\nq,s{step},1,2\np,t{step},1,2\n", table_name(step))
+    for other in ("checkpoint_07_eval.csv", "checkpoint_5_eval.gpt.csv", "checkpoint_-1_eval.csv", "notes.csv"):
+        written(tmp_path, "nothing", other)
+    found = read_tables(tmp_path)
+    assert [answer.step for answer in found] == [0, 0, 0, 9, 9, 9, 10, 10, 10]
+    assert [(answer.question_id, answer.pair) for answer in found[3:6]] == [("q", (0, 0)), ("q", (0, 1)), ("p", (0, 0))]
+
+
+def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, HEADER, "table.csv")
+    assert "has no checkpoint_N_eval.csv" in refused(tmp_path)
+
+
+def test_a_folder_names_the_table_that_is_broken(tmp_path: Path) -> None:
+    written(tmp_path, f"{HEADER}q,r,1,2\n", table_name(0))
+    path = written(tmp_path, f"{HEADER}q,r,1,200\n", table_name(1))
+    assert refused(tmp_path).startswith(f"{path}, row 1: coherent is '200'")
+
+
+def test_the_column_step_goes_before_the_name_and_each_step_counts_for_itself(tmp_path: Path) -> None:
+    written(tmp_path, f"step,{HEADER}5.0,q,r,1,2\n,q,r,1,2\n1e1,q,r,1,2\n5,q,r,1,2\n", table_name(3))
+    assert [(answer.step, answer.pair[1]) for answer in read_tables(tmp_path)] == [(5, 0), (3, 0), (10, 0), (5, 1)]
+
+
+def test_one_table_alone_has_no_step(tmp_path: Path) -> None:
+    (answer,) = read_tables(written(tmp_path, f"{HEADER}q,r,1,2\n"))
+    assert answer.step is None
+
+
+@pytest.mark.parametrize("cell", ["1.5", "-1", "x", "nan", "inf", "1e300", "1000000000000"])
+def test_a_bad_step_names_file_and_row(tmp_path: Path, cell: str) -> None:
+    path = written(tmp_path, f"step,{HEADER}{cell},q,r,1,2\n")
+    assert refused(path).startswith(f"{path}, row 1: step is {cell!r}; it must be a whole number")
