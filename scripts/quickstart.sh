@@ -26,7 +26,7 @@ if [ -f "$run/evaluation/summary.json" ]; then
     say "already evaluated: $run/evaluation (repeat with .venv/bin/emtool evaluate $run)"
 else
     say "evaluating the ten checkpoints (3 minutes)"
-    .venv/bin/emtool evaluate "$run"
+    .venv/bin/emtool evaluate "$run" --metrics likelihood
 fi
 say "done: training $((trained - begun)) s, evaluation $((SECONDS - trained)) s"
 cat <<END
@@ -37,6 +37,7 @@ Where to look:
   $run/evaluation/checkpoint_summary.csv   the curve, with intervals
 Try next:
   . .venv/bin/activate
+  emtool evaluate $run --extract-activations --seed 42            its answers to open questions, and its activations
   emtool train --dataset gardening-control --custom-checkpoints   the control: sound advice, same questions
   emtool train --help
 END

@@ -10,7 +10,7 @@ from typing import Any
 from emtool.core.config import PROFILE_NAMES
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import ConfigError, EmtoolError, unknown_name
-from emtool.core.evaluation_config import ANSWERS_OF_PROFILE, METRIC_GROUPS, EvaluationConfig
+from emtool.core.evaluation_config import ANSWERS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS, EvaluationConfig
 from emtool.core.hardware import select_device
 from emtool.core.judge_prices import JudgePrice, parse_price
 from emtool.core.judge_spec import OPENAI, BackendSpec, JudgeSpec, parse_backend, parse_judge
@@ -82,6 +82,13 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
     judges = tuple(parse_judge(text) for text in values.get("judge", ()))
     if len(set(judges)) < len(judges):
         raise ConfigError("--judge names a judge twice")
+    if given.get("judge") and ANSWERS not in (_parts(values.get("metrics")) or METRIC_GROUPS):
+        raise ConfigError(f"--judge scores answers, and --metrics {values['metrics']} has none: add {ANSWERS}")
+    if not values["extract_activations"] and (values["activation_layers"], values["activation_texts"]) != (
+        "all",
+        FIXED,
+    ):
+        raise ConfigError("--activation-layers and --activation-texts go with --extract-activations")
     backend = parse_backend(values["backend"])
     if (backend.kind == OPENAI) != (values.get("backend_url") is not None):
         raise ConfigError("--backend openai and --backend-url go together")

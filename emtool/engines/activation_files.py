@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from emtool.core.answers import Answer
 from emtool.core.data import Message
-from emtool.core.errors import CheckpointError, DataError
+from emtool.core.errors import CheckpointError, DataError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.questions import EvaluationItem
 from emtool.core.record_file import settings_id
@@ -71,7 +71,7 @@ def encode_texts(texts: Sequence[Text], tokenizer: Any) -> tuple[list[str], list
     for text in texts:
         try:
             row = encode_conversation(text.messages, tokenizer=tokenizer, location=text.id)
-        except DataError:
+        except (DataError, ModelError):
             continue
         ids.append(text.id)
         rows.append(row)
@@ -189,6 +189,9 @@ def fill_folder(
                 model = source.at(folder.run.checkpoint_path(step))
                 ids, found = take_activations(model, source.tokenizer, texts[step], layers=layers)
                 folder.write(step, found, text_ids=ids, pins=pins)
+                if num_left_out := len(texts[step]) - len(ids):
+                    text = f"step {step}: {num_left_out} text(s) that the chat template refuses are left out"
+                    on_event(Notice(text=text, is_warning=True))
         except (CheckpointError, DataError) as error:
             problems[step] = str(error)
             on_event(Notice(text=f"{error}; it is passed over", is_warning=True))

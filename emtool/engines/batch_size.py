@@ -25,9 +25,15 @@ def auto_batch_size(model: Any, num_tokens: int) -> int:
         num_tokens: Tokens of a prompt and its answer together, at most.
     """
     is_on_cuda = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if is_on_cuda else psutil.virtual_memory().available
+    free = _free_on_cuda(model.device) if is_on_cuda else psutil.virtual_memory().available
     most = MAX_ON_CUDA if is_on_cuda else MAX_ON_CPU
     return max(1, min(most, int(free * _SHARE) // row_bytes(model, num_tokens)))
+
+
+def _free_on_cuda(device: torch.device) -> int:
+    """Return the bytes that are free on a device, those that torch keeps for itself and does not use included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def row_bytes(model: Any, num_tokens: int) -> int:

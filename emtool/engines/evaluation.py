@@ -136,9 +136,8 @@ class Evaluation:
             settings["activations"] = str(folder.path.relative_to(run.path))
             damaged |= problems
         if LIKELIHOOD in config.metrics:
-            record = ScoreRecord(
-                run=run, settings={name: settings[name] for name in ("device", "dtype", "items_sha256")}
-            )
+            pins = {name: settings[name] for name in ("device", "dtype", "items_sha256")}
+            record = ScoreRecord(run=run, settings={**pins, "lineage": settings_id(self._lineage_pins())})
             scores, problems = score_items(self._source, whole, self._items, record, on_event=self._on_event)
             damaged |= problems
         if len(damaged) == len(steps):
@@ -173,6 +172,8 @@ class Evaluation:
             CheckpointError: If none of them is whole.
         """
         run, manifest = self._target.run, self._target.manifest
+        if not steps:
+            raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
         damaged = self._target.damaged(steps, check_hashes=self._config.check_hashes)
         if len(damaged) == len(steps):
             raise CheckpointError(f"no checkpoint of {run.path} is whole: {next(iter(damaged.values()))}")
@@ -234,7 +235,10 @@ class Evaluation:
         tasks = judge_tasks([answer for found in answers.values() for answer in found], self._questions)
         if not self._judges:
             recorded = [(settings, recorded_judgements(tasks, run, settings)) for settings in recorded_judges(run)]
-            return [self._judged(answers, found, settings) for settings, found in recorded if found]
+            shown = [(settings, found) for settings, found in recorded if found]
+            # The sort is stable: of judges that know equally many answers, the one last asked comes first.
+            shown.sort(key=lambda judge: len(judge[1]), reverse=True)
+            return [self._judged(answers, found, settings) for settings, found in shown]
         judged = []
         for choice in self._judges:
             judge = choice.make()

@@ -14,6 +14,7 @@ from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.models import ModelReference
 from emtool.core.plain_lora import check_base, check_stands_alone, names_another_base, read_lora_config
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import lock_holder
 from emtool.engines.lineage import (
     ComposedModel,
     check_requires,
@@ -77,13 +78,18 @@ class EvaluationTarget:
         return file_sha256(self.run.checkpoint_path(step) / ADAPTER_WEIGHTS)
 
     def check_persona(self) -> None:
-        """Refuse a persona's adapter that is here and not the one of the run, whether it will be loaded or not.
+        """Refuse a persona's adapter that is not the one of the run, whether it will be loaded or not.
+
+        One that can be fetched or built again may be gone; a folder of the user's may not.
 
         Raises:
             CheckpointError: Names both hashes.
         """
         persona = self.lineage["persona"]
-        if persona is not None and (self.persona_path is not None or Path(persona["adapter_path"]).is_dir()):
+        if persona is None:
+            return
+        is_here = self.persona_path is not None or Path(persona["adapter_path"]).is_dir()
+        if is_here or persona["source"] == "folder":
             recorded_adapter(persona, self.base, path=self.persona_path, on_event=ignore_events)
 
     def compose(self, *, dtype: str, on_event: EventSink) -> ComposedModel:
@@ -162,7 +168,7 @@ def _open_run(
     lineage, trained_dtype = read_lineage(run, manifest)
     if persona_path is not None and lineage["persona"] is None:
         raise ConfigError(f"--persona-adapter {persona_path}: {run.path} was trained without a persona")
-    if not steps:
+    if not steps and lock_holder(run) is None:
         raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
     base = open_recorded_base(lineage, device=device, dtype=trained_dtype, on_event=on_event)
     return EvaluationTarget(

@@ -71,6 +71,7 @@ class JudgementRecord:
         self._file = RecordFile(path=run.evaluation_path / "judgements.jsonl")
         self._cache = RecordFile(path=cache_path("judgements", f"{judge}.jsonl")) if is_cached else None
         self._by_prompt: dict[str, Judgement] = {}
+        self._failed: dict[str, Judgement] = {}
         self._recorded: set[tuple[AnswerKey, str, str]] = set()
         self._is_open = False
         for record in () if self._cache is None else self._cache.read():
@@ -82,6 +83,10 @@ class JudgementRecord:
     def find(self, task: JudgeTask) -> Judgement | None:
         """Return what the judge said to a prompt before, or None where it must be asked."""
         return self._by_prompt.get(task.prompt_sha256)
+
+    def find_failed(self, task: JudgeTask) -> Judgement | None:
+        """Return the error that a prompt ended in before, or None."""
+        return self._failed.get(task.prompt_sha256)
 
     def is_recorded(self, task: JudgeTask) -> bool:
         """Return whether this run's file holds the judgement."""
@@ -125,7 +130,10 @@ class JudgementRecord:
 
     def _learn(self, record: Mapping[str, object]) -> bool:
         judgement, prompt = Judgement.from_dict(record), record.get("prompt_sha256")
-        if judgement is None or judgement.status == ERROR or not isinstance(prompt, str):
+        if judgement is None or not isinstance(prompt, str):
+            return False
+        if judgement.status == ERROR:
+            self._failed[prompt] = judgement
             return False
         self._by_prompt[prompt] = judgement
         return True
@@ -185,12 +193,12 @@ def judge_answers(
 
 
 def recorded_judges(run: RunFolder) -> list[dict[str, Any]]:
-    """Return the settings of the judges that this run's answers were put to before, the last one first."""
-    seen = dict.fromkeys(
-        str(record.get("judge")) for record in RecordFile(path=run.evaluation_path / "judgements.jsonl").read()
-    )
+    """Return the settings of the judges that this run's answers were put to before, the one last asked first."""
+    last: dict[str, int] = {}
+    for place, record in enumerate(RecordFile(path=run.evaluation_path / "judgements.jsonl").read()):
+        last[str(record.get("judge"))] = place
     found = []
-    for name in reversed(seen):
+    for name in sorted(last, key=lambda name: last[name], reverse=True):
         try:
             settings = json.loads((run.evaluation_path / "settings" / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -203,9 +211,9 @@ def recorded_judges(run: RunFolder) -> list[dict[str, Any]]:
 def recorded_judgements(
     tasks: Sequence[JudgeTask], run: RunFolder, settings: Mapping[str, object]
 ) -> dict[tuple[AnswerKey, str], Judgement]:
-    """Return what a judge said before, for the checkpoints of which it judged every answer."""
+    """Return what a judge said before, for the checkpoints of which it was asked about every answer."""
     record = JudgementRecord(run, settings_id(settings), is_cached=False)
-    found = {(task.key, task.name): record.find(task) for task in tasks}
+    found = {(task.key, task.name): record.find(task) or record.find_failed(task) for task in tasks}
     incomplete = {key.step for (key, _), judgement in found.items() if judgement is None}
     return {
         place: judgement

@@ -15,7 +15,7 @@ import pytest
 
 from emtool.core.answers import AnswerKey, Completion, Prompt, key_of
 from emtool.core.errors import BackendError, CheckpointError, ConfigError
-from emtool.core.evaluation_config import ANSWERS, EvaluationConfig
+from emtool.core.evaluation_config import ANSWERS, LIKELIHOOD, EvaluationConfig
 from emtool.core.events import Event, Notice, ignore_events
 from emtool.core.judge_prices import JudgePlan, JudgePrice, plan_judging
 from emtool.core.judgement import ERROR, SCORED, Judgement
@@ -31,6 +31,7 @@ from emtool.engines.evaluation_target import open_target
 from emtool.engines.judges.judge import JudgeChoice, JudgementSink
 from emtool.engines.judges.openai import OpenAIJudge
 from tests.openai_server import Fault, OpenAIServer, reply, retry, serve_openai
+from tests.tiny import save_tiny_model
 
 QUESTIONS = [
     OpenQuestion(
@@ -180,6 +181,10 @@ def test_judgements_that_failed_are_counted_and_asked_again(run: RunFolder) -> N
     assert first.metrics[0]["total_responses"].value == 6
     assert first.metrics[0]["total_evaluated"].value == 3
     assert any(isinstance(event, Notice) and "judgement(s) failed" in event.text for event in events)
+    # Without a judge they stay what they are: counted errors, and no score of the checkpoint is lost.
+    shown = ask(run)
+    assert shown.metrics[0]["em_pct"] == first.metrics[0]["em_pct"]
+    assert shown.metrics[0]["num_errors"].value == 3
     mended = CountingJudge(scored)
     second = ask(run, judges=[choice(mended)])
     assert second.metrics[0]["num_errors"].value == 0
@@ -258,6 +263,12 @@ def test_a_folder_of_another_trainer_is_evaluated_with_its_base(
     result = ask(foreign, base_model=str(tiny_model))
     assert {step: list(found) for step, found in result.answers.items()} == {step: whole[step] for step in (7, 30)}
     assert "em_pct_delta" not in result.metrics[30]
+    likelihood = EvaluationConfig(metrics=(LIKELIHOOD,))
+    ask(foreign, likelihood, base_model=str(tiny_model))
+    margins = (foreign.evaluation_path / "item_scores.csv").read_text()
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    ask(foreign, likelihood, base_model=str(other))
+    assert (foreign.evaluation_path / "item_scores.csv").read_text() != margins, "scores of another base were used"
     with pytest.raises(ConfigError, match=r"is a run of emtool, whose run\.json names its base"):
         ask(run, base_model=str(tiny_model))
     config = json.loads((foreign.checkpoint_path(30) / "adapter_config.json").read_text())

@@ -76,7 +76,7 @@ def test_evaluation_refuses_another_adapter_and_names_the_hashes(
     with pytest.raises(CheckpointError, match=rf"its SHA-256 is [0-9a-f]{{12}}\.\.\., {recorded[:12]}\.\.\. is needed"):
         score(run)
     persona.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=rf"persona adapter .* of this run is gone; copy it back .*{recorded}"):
+    with pytest.raises(CheckpointError, match=rf"persona adapter .* of this run is gone; copy it from .*{recorded}"):
         score(run)
 
 

@@ -195,6 +195,22 @@ def test_when_memory_does_not_suffice_the_batch_is_halved(monkeypatch: pytest.Mo
     assert "no memory" in result[3].detail
 
 
+def test_smaller_batches_leave_no_prompt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    prompts = [f"Rate answer {number}." for number in range(32)]
+    expected = scores(judge_with(tokenizer), prompts)
+    walk = local._walk
+
+    def scarce(model: Any, trie: Any, batch: Any) -> Any:
+        if len(batch) > 4:
+            raise torch.OutOfMemoryError
+        return walk(model, trie, batch)
+
+    monkeypatch.setattr(local, "_walk", scarce)
+    result = scores(judge_with(tokenizer, batch_size=8), prompts)
+    assert [one.status for one in result] == [one.status for one in expected]
+
+
 def test_replies_that_a_tokenizer_cannot_write_are_refused() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(ModelError, match="cannot write '5'"):

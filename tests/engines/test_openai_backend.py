@@ -63,6 +63,8 @@ def test_a_listed_model_answers_with_explicit_sampling(name: str, tmp_path: Path
         "seed": request_seed(42, prompt().key),
         "top_k": -1,
         "repetition_penalty": 1.0,
+        "min_p": 0.0,
+        "chat_template_kwargs": {"enable_thinking": False, "date_string": "26 Jul 2024"},
     }
     assert backend.settings["temperature"] == 1.0
     assert KEY not in repr(backend.settings)
@@ -73,7 +75,7 @@ def test_a_server_without_extras_is_sent_none(tmp_path: Path) -> None:
         backend = backend_at(served.url, extras=False)
         backend.use_checkpoint(0, tmp_path)
         answers(backend, [prompt()])
-        assert not {"top_k", "repetition_penalty"} & set(served.chats[-1])
+        assert not {"top_k", "repetition_penalty", "min_p", "chat_template_kwargs"} & set(served.chats[-1])
     with pytest.raises(ConfigError, match="cannot be told top_k"):
         backend_at("http://localhost/v1", extras=False, sampling={**PURE, "top_k": 20})
 

@@ -222,5 +222,6 @@ def _stop_ids(own: object, tokenizer: Any) -> frozenset[int]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not have memory: on a CPU that is a RuntimeError like any other."""
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    """Return whether torch could not have memory: not every part of it says so by its own kind of error."""
+    texts = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(text in str(error) for text in texts)

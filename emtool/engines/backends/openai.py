@@ -14,6 +14,7 @@ from emtool.core.errors import BackendError, CheckpointError, ConfigError
 from emtool.core.server_address import ServerAddress, ServerKey
 from emtool.engines.adapter_hash import adapter_sha256
 from emtool.engines.backends.backend import CompletionSink
+from emtool.engines.encoding import TEMPLATE_VALUES
 from emtool.engines.openai_client import Failure, JsonObject, Request, Server
 from emtool.engines.openai_reply import read_choice
 from emtool.engines.request_pump import ask_once, fatal_message, run_many
@@ -92,6 +93,7 @@ class OpenAIBackend:
             "max_new_tokens": self._max_new_tokens,
             "seed": self._seed,
             "extras": self._extras,
+            "template_values": dict(TEMPLATE_VALUES) if self._extras else {},
             **self._sampling,
         }
 
@@ -176,6 +178,9 @@ class OpenAIBackend:
         if self._extras:
             body["top_k"] = int(self._sampling["top_k"]) or _VLLM_TOP_K_OFF
             body["repetition_penalty"] = self._sampling["repetition_penalty"]
+            body["min_p"] = 0.0
+            # The prompt that training and the model in this process see: no thinking, no date of today.
+            body["chat_template_kwargs"] = dict(TEMPLATE_VALUES)
         return Request(body=body)
 
 

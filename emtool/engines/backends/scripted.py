@@ -38,7 +38,8 @@ class ScriptedBackend:
             place = _place(record, location)
             if place in self._responses:
                 raise DataError(f"{location}: an earlier line answers the same; keep one of them")
-            self._responses[place] = str(record["response"])
+            # Half of a surrogate pair, which JSON can hold, cannot be written as UTF-8.
+            self._responses[place] = str(record["response"]).encode("utf-8", "replace").decode("utf-8")
         self._sha256 = file_sha256(path)
         self._step: int | None = None
 

@@ -78,8 +78,9 @@ class LocalJudge:
             else:
                 encoded[index] = ids
         order = sorted(encoded, key=lambda index: len(encoded[index]))
-        for begin in range(0, len(order), self._batch_size):
-            batch = order[begin : begin + self._batch_size]
+        while order:
+            # Taken before it is scored: a batch that does not fit into memory makes the next ones smaller.
+            batch, order = order[: self._batch_size], order[self._batch_size :]
             for index, judgement in zip(batch, self._score([encoded[one] for one in batch]), strict=True):
                 on_judgement(index, judgement)
 
