@@ -138,6 +138,9 @@ def evaluate(
         else:
             data().print(plan_view(plan))
         return
+    if base_model is None and (run.manifest_path.exists() or not run.saved_steps()):
+        # Refused before anything is loaded; a folder of another trainer has no manifest.
+        run.read_manifest()
     say(f"evaluating {run.path}")
     quiet_libraries()
     from emtool.engines.evaluating import run_evaluation

@@ -693,5 +693,5 @@ def test_the_command_line_goes_on_and_verifies(tiny_model: Path, rows_file: Path
     damage(run.checkpoint_path(3) / WEIGHTS, "truncate")
     result = runner.invoke(app, ["evaluate", str(run.path)])
     assert result.exit_code == 1
-    assert "1 checkpoint(s) could not be scored: 3" in result.stderr
+    assert "1 checkpoint(s) could not be evaluated: 3" in result.stderr
     assert (run.evaluation_path / "summary.json").exists()
