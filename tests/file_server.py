@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.serving import serving
 
 
 @dataclass
@@ -116,15 +118,6 @@ def serve_files(files: dict[str, ServedFile]) -> Iterator[FileServer]:  # noqa: 
             else:
                 self.wfile.write(rest)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    served.address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(Handler, stopping) as address:
+        served.address = address
         yield served
-    finally:
-        stopping.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.serving import serving
 
 #: Takes the body of a chat completion request, and returns the answer: see `reply` and `Fault`.
 Script = Callable[[dict[str, Any]], "dict[str, Any] | Fault"]
@@ -165,21 +167,6 @@ def serve_openai(  # noqa: C901
             self.close_connection = fault.cut == "short"
             self.wfile.write(fault.body)
 
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that went away is no fault of the server's."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with serving(Handler, stopping) as address:
+        served.url = f"{address}/v1"
         yield served
-    finally:
-        stopping.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from emtool.core.errors import CheckpointError
@@ -12,12 +11,9 @@ from emtool.core.evaluation_request import EvaluationRequest
 from emtool.core.judge_prices import CHARACTERS_PER_TOKEN, estimate_cost, price_of
 from emtool.core.judge_spec import OPENAI
 from emtool.core.open_questions import (
-    EVERYDAY_QUESTIONS,
     OpenQuestion,
     fill_judge_prompt,
     prompts_of,
-    read_question_file,
-    select_questions,
 )
 from emtool.core.run_dir import FORMAT, RunFolder
 from emtool.core.steps import select_steps
@@ -85,7 +81,9 @@ def plan_evaluation(run: RunFolder, request: EvaluationRequest) -> EvaluationPla
         raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
     steps = select_steps(request.steps, saved)
     generates = ANSWERS in request.config.metrics
-    questions = _questions(request) if generates else []
+    questions: list[OpenQuestion] | None = []
+    if generates:
+        questions = request.read_questions() if request.questions_url is None else None
     prompts = None if questions is None else prompts_of(questions, step=0, n_per_question=request.config.n_per_question)
     return EvaluationPlan(
         run=str(run.path),
@@ -97,19 +95,6 @@ def plan_evaluation(run: RunFolder, request: EvaluationRequest) -> EvaluationPla
         scores_likelihood=LIKELIHOOD in request.config.metrics,
         judging=[] if questions is None or not generates else _judging(request, questions, len(steps)),
         activation_layers=request.config.activation_layers,
-    )
-
-
-def _questions(request: EvaluationRequest) -> list[OpenQuestion] | None:
-    """Return the questions, or None for a file that would have to be fetched."""
-    if request.questions is not None and "://" in request.questions:
-        return None
-    path = EVERYDAY_QUESTIONS if request.questions is None else Path(request.questions)
-    return select_questions(
-        read_question_file(path),
-        include_json=request.include_json,
-        include_template=request.include_template,
-        question_ids=request.question_ids,
     )
 
 

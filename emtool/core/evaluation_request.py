@@ -14,6 +14,7 @@ from emtool.core.evaluation_config import ANSWERS, ANSWERS_OF_PROFILE, FIXED, ME
 from emtool.core.hardware import select_device
 from emtool.core.judge_prices import JudgePrice, parse_price
 from emtool.core.judge_spec import OPENAI, BackendSpec, JudgeSpec, parse_backend, parse_judge
+from emtool.core.open_questions import EVERYDAY_QUESTIONS, OpenQuestion, read_question_file, select_questions
 from emtool.core.run_dir import RunFolder
 from emtool.core.sampling import PURE
 from emtool.core.server_address import ServerAddress, parse_address
@@ -66,6 +67,28 @@ class EvaluationRequest:
     dtype: str | None
     base_model: str | None
     persona_path: Path | None
+
+    @property
+    def questions_url(self) -> str | None:
+        """Return the URL of the question file, if it is one."""
+        return self.questions if self.questions is not None and "://" in self.questions else None
+
+    def read_questions(self, fetched: Path | None = None) -> list[OpenQuestion]:
+        """Return the questions that are asked.
+
+        Args:
+            fetched: The file behind `questions_url`, which must be fetched first.
+
+        Raises:
+            EmtoolError: If the file cannot be read, or an id is unknown.
+        """
+        own = EVERYDAY_QUESTIONS if self.questions is None else Path(self.questions)
+        return select_questions(
+            read_question_file(fetched or own),
+            include_json=self.include_json,
+            include_template=self.include_template,
+            question_ids=self.question_ids,
+        )
 
 
 def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:

@@ -12,7 +12,7 @@ from emtool.core.evaluation_request import EvaluationRequest
 from emtool.core.events import EventSink, Notice
 from emtool.core.judge_prices import JudgePlan, check_cost, plan_judging, price_of
 from emtool.core.judge_spec import OPENAI, SCRIPTED, JudgeSpec
-from emtool.core.open_questions import EVERYDAY_QUESTIONS, OpenQuestion, read_question_file, select_questions
+from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import lock_holder, locked_evaluation
 from emtool.core.sampling import PURE, Sampling
@@ -114,20 +114,11 @@ def asked_questions(request: EvaluationRequest, *, on_event: EventSink) -> list[
     Raises:
         EmtoolError: If the file cannot be had or read, or an id is unknown.
     """
-    if request.questions is None:
-        path = EVERYDAY_QUESTIONS
-    elif "://" in request.questions:
-        from emtool.engines.question_files import fetch_questions
+    if request.questions_url is None:
+        return request.read_questions()
+    from emtool.engines.question_files import fetch_questions
 
-        path = fetch_questions(request.questions, on_event=on_event)
-    else:
-        path = Path(request.questions)
-    return select_questions(
-        read_question_file(path),
-        include_json=request.include_json,
-        include_template=request.include_template,
-        question_ids=request.question_ids,
-    )
+    return request.read_questions(fetch_questions(request.questions_url, on_event=on_event))
 
 
 def _judge(spec: JudgeSpec, request: EvaluationRequest, on_event: EventSink) -> JudgeChoice:
