@@ -6,7 +6,7 @@ time. The base is float32 throughout. The judge is a server on loopback that wai
 time is measured on some calls and scaled to all.
 
     python scripts/bench_evaluation.py outputs/RUN [--checkpoints 10] [--samples 4] [--max-new-tokens 64]
-                                       [--latencies 250 50] [--parts generation judging activations]
+                                       [--latencies 250 50] [--parts generation memory activations judging]
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--latencies", type=int, nargs="+", default=[250, 50])
-    parts = ("generation", "judging", "activations")
+    parts = ("generation", "memory", "activations", "judging")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     run = RunFolder(path=options.run)
@@ -64,6 +64,8 @@ def main() -> None:
     print(f"{target.base.reference.name}, {len(steps)} checkpoints, {torch.get_num_threads()} threads", flush=True)
     if "generation" in options.parts:
         bench_generation(target, steps, options.samples, options.max_new_tokens)
+    if "memory" in options.parts:
+        bench_memory(target, steps, options.samples, options.max_new_tokens)
     if "activations" in options.parts:
         bench_activations(target, steps)
     if "judging" in options.parts:
@@ -78,7 +80,6 @@ def bench_generation(target: EvaluationTarget, steps: list[int], samples: int, m
     questions = read_question_file(EVERYDAY_QUESTIONS)
     config = EvaluationConfig(n_per_question=samples, max_new_tokens=max_new_tokens)
     counts = {"ours": 0, "loop": 0}
-    memory: list[int] = []
 
     def ours() -> None:
         source = source_of(target)
@@ -86,7 +87,6 @@ def bench_generation(target: EvaluationTarget, steps: list[int], samples: int, m
         for step in steps:
             prompts = prompts_of(questions, step=step, n_per_question=samples)
             backend.use_checkpoint(step, target.run.checkpoint_path(step))
-            memory.append(psutil.Process().memory_info().rss)
             backend.generate(prompts, lambda _i, found: count("ours", found.num_tokens or 0))
 
     def count(name: str, num_tokens: int) -> None:
@@ -118,8 +118,25 @@ def bench_generation(target: EvaluationTarget, steps: list[int], samples: int, m
         f"generation, {samples} samples a question, {max_new_tokens} tokens: {before:.0f} s -> {seconds:.0f} s "
         f"({before / seconds:.1f}x); {rates[1]:.0f} -> {rates[0]:.0f} tokens/s ({rates[0] / rates[1]:.1f}x a token)"
     )
-    grown = (memory[-1] - memory[0]) / 2**20
-    print(f"  memory after the first checkpoint {memory[0] / 2**20:.0f} MiB, at the last {grown:+.0f} MiB", flush=True)
+
+def bench_memory(target: EvaluationTarget, steps: list[int], samples: int, max_new_tokens: int) -> None:
+    """Print what the process holds after each checkpoint has answered."""
+    questions = read_question_file(EVERYDAY_QUESTIONS)
+    config = EvaluationConfig(n_per_question=samples, max_new_tokens=max_new_tokens)
+    source = source_of(target)
+    backend = hf_backend(source, target.base, config, on_event=ignore_events)
+    process, held = psutil.Process(), []
+    before = process.memory_info().rss
+    for step in steps:
+        backend.use_checkpoint(step, target.run.checkpoint_path(step))
+        backend.generate(prompts_of(questions, step=step, n_per_question=samples), lambda _i, _found: None)
+        held.append(process.memory_info().rss - before)
+    weights = sum(parameter.nbytes for parameter in source.composed.model.parameters())
+    print(
+        f"memory: the base has {weights / 2**20:.0f} MiB; held after each checkpoint, in MiB: "
+        + ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in held),
+        flush=True,
+    )
 
 
 def bench_activations(target: EvaluationTarget, steps: list[int]) -> None:

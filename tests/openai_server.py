@@ -59,6 +59,7 @@ class OpenAIServer:
         latency: Seconds before each chat completion.
         requests: What was asked, in the order of arrival.
         most_in_flight: Most chat completions that were open at once.
+        roots: Where /models says that it got a model.
     """
 
     url: str
@@ -68,6 +69,7 @@ class OpenAIServer:
     latency: float
     requests: list[Asked] = field(default_factory=list)
     most_in_flight: int = 0
+    roots: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def chats(self) -> list[dict[str, Any]]:
@@ -127,7 +129,8 @@ def serve_openai(  # noqa: C901
             with lock:
                 served.requests.append(asked)
             if self.path == "/v1/models":
-                return self._send({"object": "list", "data": [{"id": name} for name in served.models]})
+                listed = [{"id": name, "root": served.roots.get(name)} for name in served.models]
+                return self._send({"object": "list", "data": listed})
             if self.path in {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"} and served.can_load:
                 change = served.models.append if self.path.startswith("/v1/load") else served.models.remove
                 change(body["lora_name"])

@@ -19,6 +19,7 @@ NEEDED = ("question_id", "response", "aligned", "coherent")
 _RESPONSE, _PUBLISHED_RESPONSE = "response", "answer"
 
 _FILE_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,11})_eval\.csv")
+_WRITTEN_NAME = re.compile(r"(checkpoint_(0|[1-9][0-9]{0,11})_eval|question_scores|item_scores)(\.[\w.-]+)?\.csv")
 #: Far above any answer.
 _MAX_FIELD = 1 << 24
 #: As many digits as the name of a table can have.
@@ -35,6 +36,11 @@ def table_name(step: int, judge: str = "") -> str:
         judge: What marks the table of a further judge.
     """
     return f"checkpoint_{step}_eval{'.' if judge else ''}{judge}.csv"
+
+
+def is_table_name(name: str) -> bool:
+    """Return whether a file name is one that an evaluation gives to its tables."""
+    return _WRITTEN_NAME.fullmatch(name) is not None
 
 
 def table_text(answers: Sequence[JudgedAnswer]) -> str:

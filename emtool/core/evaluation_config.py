@@ -22,7 +22,7 @@ ACTIVATION_TEXTS = (FIXED, OWN)
 ANSWERS_OF_PROFILE: Mapping[str, tuple[int, int]] = {"paper": (50, 600), "demo": (4, 64)}
 assert ANSWERS_OF_PROFILE.keys() == PROFILES.keys()
 
-_MAX_ANSWERS = 100_000
+MAX_PER_QUESTION = 100_000
 _MAX_TOKENS = 1 << 20
 
 
@@ -64,9 +64,9 @@ class EvaluationConfig:
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"--seed is {self.seed}; it must be 0 to {MAX_SEED}")
         for name, most in (
-            ("n_per_question", _MAX_ANSWERS),
+            ("n_per_question", MAX_PER_QUESTION),
             ("max_new_tokens", _MAX_TOKENS),
-            ("batch_size", _MAX_ANSWERS),
+            ("batch_size", MAX_PER_QUESTION),
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:

@@ -109,12 +109,13 @@ def plan_judging(prompts: Iterable[str], address: ServerAddress, price: JudgePri
     return JudgePlan(num_requests=len(listed), cost=cost, host=address.url)
 
 
-def check_cost(plan: JudgePlan, max_cost: float) -> None:
+def check_cost(plan: JudgePlan, max_cost: float, *, spent: float = 0.0) -> None:
     """Refuse a plan that costs more than is allowed, or that may.
 
     Args:
         plan: What is about to be asked.
-        max_cost: The most it may cost, in US dollars.
+        max_cost: The most that judging may cost in all, in US dollars.
+        spent: What was allowed before, of the same sum.
 
     Raises:
         ConfigError: Says what to do.
@@ -125,8 +126,9 @@ def check_cost(plan: JudgePlan, max_cost: float) -> None:
             "dollars per million tokens (0,0 for a server of your own)"
         )
     # Written so that it also stops where either is not a number.
-    if not plan.cost <= max_cost:
+    if not plan.cost + spent <= max_cost:
+        before = f" after {spent:.2f} before" if spent else ""
         raise ConfigError(
-            f"judging takes {plan.num_requests:,} requests to {plan.host} for about {plan.cost:.2f} USD, more than "
-            f"--max-cost {max_cost:g}; raise --max-cost, or judge fewer answers"
+            f"judging takes {plan.num_requests:,} requests to {plan.host} for about {plan.cost:.2f} USD{before}, more "
+            f"than --max-cost {max_cost:g}; raise --max-cost, or judge fewer answers"
         )

@@ -8,22 +8,27 @@ from dataclasses import dataclass
 RESAMPLES = 10_000
 LEVEL = 0.95
 
+#: Draws that a bootstrap holds at once; bounds its memory, and does not change what is drawn.
+MAX_DRAWS = 4_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over items with its interval.
+    """A number that was measured, with its interval.
 
     Attributes:
-        value: The mean.
+        value: Most often a mean.
         low: Lower end of the 95% interval.
         high: Upper end.
-        n: Items.
+        n: How many it is of: items or answers.
+        is_exact: Whether it has no interval, as a count has none; its ends are the value.
     """
 
     value: float
     low: float
     high: float
     n: int
+    is_exact: bool = False
 
     @property
     def excludes_zero(self) -> bool:
@@ -55,9 +60,10 @@ def bootstrap_mean(values: Sequence[float], *, seed: int) -> Estimate:
 
     assert values, "an estimate needs at least one item"
     scores = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(scores), size=(RESAMPLES, len(scores)))
-    means = scores[picks].mean(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    random = np.random.default_rng(seed)
+    sizes = chunk_sizes(RESAMPLES, most=max(1, MAX_DRAWS // len(scores)))
+    means = [scores[random.integers(0, len(scores), size=(size, len(scores)))].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value=float(scores.mean()), low=float(low), high=float(high), n=len(scores))
 
 
@@ -72,14 +78,27 @@ def bootstrap_difference(values: Sequence[float], baseline: Sequence[float], *, 
     return bootstrap_mean([a - b for a, b in zip(values, baseline, strict=True)], seed=seed)
 
 
+def chunk_sizes(total: int, *, most: int) -> list[int]:
+    """Return how a total is done in parts of at most so many."""
+    return [min(most, total - done) for done in range(0, total, most)]
+
+
 def flat(estimates: Mapping[str, Estimate]) -> dict[str, float | int]:
-    """Return estimates as JSON values: name, name_low, name_high, name_n."""
+    """Return estimates as JSON values: name, name_low, name_high, name_n; what is exact is its name alone."""
     values: dict[str, float | int] = {}
     for name, estimate in estimates.items():
-        values |= {
-            name: estimate.value,
-            f"{name}_low": estimate.low,
-            f"{name}_high": estimate.high,
-            f"{name}_n": estimate.n,
-        }
+        values[name] = estimate.value
+        if not estimate.is_exact:
+            ends = {f"{name}_low": estimate.low, f"{name}_high": estimate.high, f"{name}_n": estimate.n}
+            values |= ends
     return values
+
+
+def exact(value: float, *, n: int) -> Estimate:
+    """Return a number without an interval.
+
+    Args:
+        value: The number.
+        n: How many it is of.
+    """
+    return Estimate(value=value, low=value, high=value, n=n, is_exact=True)

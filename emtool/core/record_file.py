@@ -85,6 +85,11 @@ def settings_id(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
+def text_sha256(text: str) -> str:
+    """Return what pins a text; half of a surrogate pair, which JSON can hold, counts as it is."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line) if line.endswith(b"\n") else None

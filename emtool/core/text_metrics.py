@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from emtool.core.answers import LENGTH, Answer
-from emtool.core.em_metrics import count_estimate
-from emtool.core.metrics import Estimate, bootstrap_mean
+from emtool.core.metrics import Estimate, exact
+from emtool.core.resampling import Resamples
 
 #: How answers that decline begin, in English. A heuristic: it misses refusals in other words and other languages. To be
 #: sorry for somebody, or unable to imagine something, is no refusal; to be unable to help with it is.
@@ -30,29 +31,55 @@ _CURLY_APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 _WORD = re.compile(r"\w+(?:'\w+)*")
 
 
-def text_metrics(answers: Sequence[Answer], *, seed: int) -> dict[str, Estimate]:
+def text_metrics(answers: Sequence[Answer], start: Sequence[Answer] | None, *, seed: int) -> dict[str, Estimate]:
     """Return what can be told of one checkpoint's answers without a judge.
 
     Args:
         answers: Its answers.
-        seed: Seed of the bootstrap over answers.
+        start: The answers of step 0, for the change; None where there are none.
+        seed: Seed of the bootstrap over questions.
 
     Returns:
         `num_answers` and `num_failed`; over the answers with a text: `answer_words` and `answer_tokens`, mean length;
         `truncated_pct`, share cut at the limit; `refusal_phrase_pct`, share that begins as refusals do; `distinct_1`
         and `distinct_2`, different words and pairs of words over their number, all answers taken together. Both fall
-        as there is more text. What is not known is left out.
+        as there is more text. The means have a `_delta` from step 0, over the answers that both have. What is not
+        known is left out.
 
     Source: distinct-n is of Li et al. 2016 (arXiv 1510.03055), who divide pairs too by the number of words; here it is
     the number of pairs, as is usual since.
     """
     written = [answer for answer in answers if answer.has_text]
-    found = {"num_answers": count_estimate(len(answers)), "num_failed": count_estimate(len(answers) - len(written))}
+    num_failed = len(answers) - len(written)
+    found = {"num_answers": exact(len(answers), n=len(answers)), "num_failed": exact(num_failed, n=num_failed)}
     if not written:
         return found
-    words = [_WORD.findall(_straight(answer.completion.text).lower()) for answer in written]
+    found |= Resamples([answer.key.question_id for answer in written], seed).means(_columns(written))
+    words = [_words(answer) for answer in written]
+    for size in (1, 2):
+        if (share := distinct(words, size)) is not None:
+            found[f"distinct_{size}"] = exact(share, n=len(written))
+    return found | _changes(written, start or (), seed)
+
+
+def _changes(written: Sequence[Answer], start: Sequence[Answer], seed: int) -> dict[str, Estimate]:
+    before = {replace(answer.key, step=0): answer for answer in start if answer.has_text}
+    now = [answer for answer in written if replace(answer.key, step=0) in before]
+    if not now:
+        return {}
+    values, first = _columns(now), _columns([before[replace(answer.key, step=0)] for answer in now])
+    changes = {
+        f"{name}_delta": [a - b for a, b in zip(column, first[name], strict=True)]
+        for name, column in values.items()
+        if name in first
+    }
+    return Resamples([answer.key.question_id for answer in now], seed).means(changes)
+
+
+def _columns(written: Sequence[Answer]) -> dict[str, list[float]]:
+    """Return each answer's part in each mean; what is not known of every answer is left out."""
     columns: dict[str, list[float]] = {
-        "answer_words": [float(len(row)) for row in words],
+        "answer_words": [float(len(_words(answer))) for answer in written],
         "refusal_phrase_pct": [100.0 * is_refusal_phrase(answer.completion.text) for answer in written],
     }
     tokens = [answer.completion.num_tokens for answer in written]
@@ -61,11 +88,11 @@ def text_metrics(answers: Sequence[Answer], *, seed: int) -> dict[str, Estimate]
     reasons = [answer.completion.finish_reason for answer in written]
     if all(reason is not None for reason in reasons):
         columns["truncated_pct"] = [100.0 * (reason == LENGTH) for reason in reasons]
-    found |= {name: bootstrap_mean(column, seed=seed) for name, column in columns.items()}
-    for size in (1, 2):
-        if (share := distinct(words, size)) is not None:
-            found[f"distinct_{size}"] = Estimate(value=share, low=share, high=share, n=len(written))
-    return found
+    return columns
+
+
+def _words(answer: Answer) -> list[str]:
+    return _WORD.findall(_straight(answer.completion.text).lower())
 
 
 def is_refusal_phrase(text: str) -> bool:

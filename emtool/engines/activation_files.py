@@ -16,7 +16,7 @@ from emtool.core.data import Message
 from emtool.core.errors import CheckpointError, DataError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.questions import EvaluationItem
-from emtool.core.record_file import settings_id
+from emtool.core.record_file import settings_id, text_sha256
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file
 from emtool.engines.activations import Activations, mean_activations
 from emtool.engines.checkpoint_model import CheckpointModel
@@ -111,7 +111,7 @@ class ActivationFolder:
             return False
         return all(metadata.get(name) == value for name, value in pins.items())
 
-    def write(self, step: int, found: Activations, *, text_ids: Sequence[str], pins: Mapping[str, str]) -> None:
+    def write(self, step: int, found: Activations, *, texts: Sequence[Text], pins: Mapping[str, str]) -> None:
         """Write the file of a checkpoint, whole or not at all.
 
         Raises:
@@ -121,7 +121,8 @@ class ActivationFolder:
             "format": str(FORMAT),
             "step": str(step),
             "convention": CONVENTION,
-            "text_ids": json.dumps(text_ids),
+            "text_ids": json.dumps([text.id for text in texts]),
+            "answer_sha256": json.dumps([text_sha256(text.messages[-1].content) for text in texts]),
             "settings": json.dumps(self.settings, ensure_ascii=False),
             **pins,
         }
@@ -134,7 +135,11 @@ class ActivationFolder:
 
 
 def read_activations(path: Path) -> tuple[Activations, dict[str, Any]]:
-    """Return what a file of activations holds, and its metadata: `layers`, `text_ids`, `settings` and the rest.
+    """Return what a file of activations holds, and its metadata.
+
+    Returns:
+        The activations; and `layers`, `settings`, for each text its id in `text_ids` and the hash of its answer in
+        `answer_sha256`, and the rest as text.
 
     Raises:
         CheckpointError: If it cannot be read, or holds something else.
@@ -144,6 +149,7 @@ def read_activations(path: Path) -> tuple[Activations, dict[str, Any]]:
             metadata: dict[str, Any] = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in ("mean", "text_means", "num_tokens")}
         metadata["text_ids"] = json.loads(metadata["text_ids"])
+        metadata["answer_sha256"] = json.loads(metadata.get("answer_sha256", "[]"))
         metadata["settings"] = json.loads(metadata["settings"])
         metadata["layers"] = metadata["settings"]["layers"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -188,8 +194,9 @@ def fill_folder(
             if not folder.has(step, pins):
                 model = source.at(folder.run.checkpoint_path(step))
                 ids, found = take_activations(model, source.tokenizer, texts[step], layers=layers)
-                folder.write(step, found, text_ids=ids, pins=pins)
-                if num_left_out := len(texts[step]) - len(ids):
+                used = [text for text in texts[step] if text.id in set(ids)]
+                folder.write(step, found, texts=used, pins=pins)
+                if num_left_out := len(texts[step]) - len(used):
                     text = f"step {step}: {num_left_out} text(s) that the chat template refuses are left out"
                     on_event(Notice(text=text, is_warning=True))
         except (CheckpointError, DataError) as error:

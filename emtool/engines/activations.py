@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emtool.engines.batch_size import run_batches
 from emtool.engines.decoder_blocks import decoder_blocks
 from emtool.engines.encoding import IGNORED, Encoded
 
@@ -50,6 +51,7 @@ def mean_activations(
 
     Raises:
         ModelError: If the blocks cannot be told.
+        BackendError: If there is no memory for one text alone; batches that do not fit are halved.
     """
     blocks = decoder_blocks(model)
     decoder = model.get_decoder()
@@ -57,12 +59,15 @@ def mean_activations(
     counts_N = torch.tensor([sum(mask) for mask in masks])
     means_NLD = torch.zeros(len(rows), len(layers), decoder.config.get_text_config(decoder=True).hidden_size)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-    for batch in _batches(order, rows, batch_size):
+
+    def run(batch: list[int]) -> None:
         ids_BT, mask_BT, answer_BT = _pad([rows[i] for i in batch], [masks[i] for i in batch])
         with torch.inference_mode(), _summed([blocks[layer] for layer in layers], answer_BT.to(model.device)) as sums:
             decoder(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False)
         sums_BLD = torch.stack([total_BD.cpu() for total_BD in sums], dim=1)
         means_NLD[batch] = sums_BLD / counts_N[batch].clamp(min=1)[:, None, None]
+
+    run_batches(_batches(order, rows, batch_size), run)
     weights_N = counts_N.double() / max(1, int(counts_N.sum()))
     mean_LD = torch.einsum("n,nld->ld", weights_N, means_NLD.double()).float()
     return Activations(mean_LD=mean_LD, text_means_NLD=means_NLD, num_tokens_N=counts_N)

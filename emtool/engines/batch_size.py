@@ -1,11 +1,16 @@
-"""How many answers are generated at a time: what the free memory holds."""
+"""How much is done at a time: what the free memory holds."""
 
 from __future__ import annotations
 
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psutil
 import torch
+
+from emtool.core.errors import BackendError
 
 #: Larger batches gain nothing there.
 MAX_ON_CPU, MAX_ON_CUDA = 64, 512
@@ -44,3 +49,49 @@ def row_bytes(model: Any, num_tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * num_tokens * model.dtype.itemsize
     return int(cache + _LOGIT_COPIES * 4 * config.vocab_size)
+
+
+def run_batches(batches: Iterable[list[int]], run: Callable[[list[int]], None]) -> None:
+    """Run batches, each whole or in parts: one that does not fit into memory is halved, and so are those after it.
+
+    Args:
+        batches: Indices of what is run together.
+        run: Runs some of them; called again with fewer where torch had no memory for it.
+
+    Raises:
+        BackendError: If one alone does not fit.
+    """
+    waiting = deque(batches)
+    most: int | None = None
+    while waiting:
+        batch = waiting.popleft()
+        if most is not None and len(batch) > most:
+            waiting.appendleft(batch[most:])
+            batch = batch[:most]
+        try:
+            run(batch)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler: the error holds on to the tensors of the batch.
+        free_memory()
+        if len(batch) == 1:
+            raise BackendError(
+                "out of memory for a single text; use --dtype bfloat16, a GPU with more memory, or a smaller model"
+            )
+        most = len(batch) // 2
+        waiting.appendleft(batch)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not have memory: not every part of it says so by its own kind of error."""
+    texts = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def free_memory() -> None:
+    """Let go of what nothing refers to, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

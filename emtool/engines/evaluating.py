@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from emtool.core.errors import CheckpointError, ConfigError
+from emtool.core.errors import BackendError, CheckpointError, ConfigError
 from emtool.core.evaluation_request import EvaluationRequest
 from emtool.core.events import EventSink, Notice
 from emtool.core.judge_prices import JudgePlan, check_cost, plan_judging, price_of
@@ -71,7 +72,7 @@ def run_evaluation(
         make_backend=lambda source: _backend(source, target, request, on_event),
         folder_of=lambda step: _folder(target, request, step),
         judges=judges,
-        approve=lambda plan: _approve(plan, request.max_cost, on_event),
+        approve=Spending(limit=request.max_cost, on_event=on_event).approve,
         rule=request.rule,
         on_event=on_event,
     )
@@ -90,16 +91,25 @@ def _rounds(
 ) -> EvaluationResult:
     """Evaluate the checkpoints that are there, and while a training is watched, those that come."""
     result: EvaluationResult | None = None
-    done: Sequence[int] = ()
+    tried: Sequence[int] = ()
+    has_failed = False
     while True:
         # Asked before the steps are read: what is published until then is seen.
         is_training = watch and lock_holder(run) is not None
         chosen = published_steps(steps, run.saved_steps(), is_training=is_training)
-        if chosen and chosen != done:
-            result, done = evaluation.evaluate(chosen), chosen
+        if chosen and (chosen != tried or (has_failed and not is_training)):
+            tried = chosen
+            try:
+                result, has_failed = evaluation.evaluate(chosen), False
+            except (BackendError, CheckpointError) as error:
+                # A server that is down now may be up when the next checkpoint comes; the last round counts.
+                if not is_training:
+                    raise
+                has_failed = True
+                on_event(Notice(text=f"{error}; tried again at the next checkpoint", is_warning=True))
         if not is_training:
             break
-        if not done or chosen == done:
+        if not tried or chosen == tried:
             sleep(WATCH_SECONDS)
     if result is None:
         raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
@@ -134,18 +144,41 @@ def _judge(spec: JudgeSpec, request: EvaluationRequest, on_event: EventSink) -> 
     address = request.judge_address
     key = read_key(address, variable=JUDGE_KEY_VARIABLE, environment=os.environ)
     price = price_of(spec.model, address, given=request.judge_price)
+    # One for all rounds: what it found out about its server holds for the next ones.
+    judge = OpenAIJudge(spec.model, address=address, key=key, concurrency=request.concurrency, on_event=on_event)
     return JudgeChoice(
-        make=lambda: OpenAIJudge(
-            spec.model, address=address, key=key, concurrency=request.concurrency, on_event=on_event
-        ),
+        make=lambda: judge,
         plan=lambda prompts: plan_judging(prompts, address, price),
+        possible_settings=judge.possible_settings,
     )
 
 
-def _approve(plan: JudgePlan, max_cost: float, on_event: EventSink) -> None:
-    cost = "at a price that is not known" if plan.cost is None else f"for about {plan.cost:.2f} USD"
-    on_event(Notice(text=f"judging: {plan.num_requests:,} requests to {plan.host} {cost} (limit {max_cost:g} USD)"))
-    check_cost(plan, max_cost)
+@dataclass(kw_only=True)
+class Spending:
+    """What judging may cost in all: by every judge, and in every round of watching.
+
+    Attributes:
+        limit: In US dollars.
+        on_event: Told what is about to be asked, and of whom.
+        allowed: What was allowed so far.
+    """
+
+    limit: float
+    on_event: EventSink
+    allowed: float = 0.0
+
+    def approve(self, plan: JudgePlan) -> None:
+        """Say what is about to be asked of a judge, and allow it.
+
+        Raises:
+            ConfigError: If it costs too much, or that cannot be told.
+        """
+        cost = "at a price that is not known" if plan.cost is None else f"for about {plan.cost:.2f} USD"
+        before = f", {self.allowed:.2f} of it allowed before" if self.allowed else ""
+        text = f"judging: at most {plan.num_requests:,} requests, and one to try, to {plan.host} {cost}"
+        self.on_event(Notice(text=f"{text} (limit {self.limit:g} USD{before})"))
+        check_cost(plan, self.limit, spent=self.allowed)
+        self.allowed += plan.cost or 0.0
 
 
 def _folder(target: EvaluationTarget, request: EvaluationRequest, step: int) -> Path:
@@ -180,5 +213,6 @@ def _backend(
             model_name=spec.argument,
             extras=not request.backend_address.is_openai,
             concurrency=request.concurrency,
+            on_event=on_event,
         )
     return hf_backend(source, target.base, config, on_event=on_event)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from emtool.core.adapter import select_blocks
-from emtool.core.answers import Answer, AnswerKey
+from emtool.core.answers import Answer, Prompt
 from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import ANSWERS, LIKELIHOOD, OWN, EvaluationConfig
 from emtool.core.events import EventSink, Notice, ignore_events
 from emtool.core.judge_prices import JudgePlan
-from emtool.core.judgement import Judgement
 from emtool.core.open_questions import (
     EVERYDAY_QUESTIONS,
     OpenQuestion,
@@ -31,19 +30,27 @@ from emtool.engines.activation_files import ActivationFolder, Text, answer_texts
 from emtool.engines.backends.backend import Backend
 from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
-from emtool.engines.evaluation_result import EvaluationResult, JudgeResult, collect, judge_result, write_result
-from emtool.engines.evaluation_target import EvaluationTarget, open_target
-from emtool.engines.generating import AnswerRecord, CheckpointPrompts, generate_answers, with_step
-from emtool.engines.item_scores import score_items
-from emtool.engines.judges.judge import JudgeChoice
-from emtool.engines.judging import (
-    JudgementRecord,
-    judge_answers,
-    judge_tasks,
-    missing_prompts,
-    recorded_judgements,
-    recorded_judges,
+from emtool.engines.evaluation_result import (
+    EvaluationResult,
+    JudgeResult,
+    collect,
+    judge_result,
+    read_settings,
+    write_result,
 )
+from emtool.engines.evaluation_target import EvaluationTarget, open_target
+from emtool.engines.generating import (
+    AnswerRecord,
+    CheckpointPrompts,
+    generate_answers,
+    prompts_asked,
+    recorded_answers,
+    with_step,
+)
+from emtool.engines.item_scores import recorded_scores, score_items
+from emtool.engines.judge_stage import JudgeStage
+from emtool.engines.judges.judge import JudgeChoice
+from emtool.engines.judging import judge_tasks
 from emtool.engines.modeling import check_device
 from emtool.engines.score_record import ScoreRecord
 from emtool.engines.summary import CheckpointScores
@@ -121,25 +128,24 @@ class Evaluation:
         self._target.check_persona()
         damaged = self._find_damaged(steps)
         whole = [step for step in steps if step not in damaged]
-        answers: dict[int, list[Answer]] = {}
-        judged: list[JudgeResult] = []
-        scores: list[CheckpointScores] = []
+        others = [step for step in run.saved_steps() if step not in steps and self._target.has_weights(step)]
+        previous = read_settings(run)
         settings = self._settings()
-        if ANSWERS in config.metrics:
-            answers, problems, settings["generation"] = self._generate(whole)
-            damaged |= problems
-            judged = self._judge(answers)
+        answers, problems, generation = self._answers(whole, others, previous.get("generation"))
+        damaged |= problems
+        settings |= generation
+        judged = self._judge(answers, whole if ANSWERS in config.metrics else [])
         if config.activation_layers is not None:
             num_blocks = self._target.base.num_blocks
             layers = select_blocks(config.activation_layers, num_blocks, option="--activation-layers")
             folder, problems = self._take_activations(whole, answers, layers or range(num_blocks))
             settings["activations"] = str(folder.path.relative_to(run.path))
             damaged |= problems
-        if LIKELIHOOD in config.metrics:
-            pins = {name: settings[name] for name in ("device", "dtype", "items_sha256")}
-            record = ScoreRecord(run=run, settings={**pins, "lineage": settings_id(self._lineage_pins())})
-            scores, problems = score_items(self._source, whole, self._items, record, on_event=self._on_event)
-            damaged |= problems
+        elif "activations" in previous:
+            settings["activations"] = previous["activations"]
+        scores, problems, likelihood = self._score(whole, others, previous.get("likelihood"))
+        damaged |= problems
+        settings |= likelihood
         if len(damaged) == len(steps):
             raise CheckpointError(f"no checkpoint of {run.path} can be evaluated: {next(iter(damaged.values()))}")
         result = collect(
@@ -151,17 +157,15 @@ class Evaluation:
             answers=answers,
             judges=judged,
         )
-        write_result(result, scores, self._items, rule=self._rule)
-        return result
+        if result.metrics and 0 not in result.metrics:
+            has_start = run.checkpoint_path(0).is_dir()
+            mend = "--steps 0 evaluates it" if has_start else "the run saved none; a schedule with init does"
+            self._warn(f"no change from step 0 can be given without checkpoint-0: {mend}")
+        return write_result(result, scores, self._items, rule=self._rule)
 
     def _settings(self) -> dict[str, Any]:
         return {
             "seed": self._config.seed,
-            "device": self._target.base.device,
-            "dtype": self._dtype,
-            "metrics": list(self._config.metrics),
-            "items_sha256": file_sha256(EVERYDAY_ITEMS),
-            "num_items": len(self._items),
             "trained_domain": self._target.domain,
         }
 
@@ -210,57 +214,90 @@ class Evaluation:
             raise run.write_error(error, "writing the settings of the evaluation") from error
         return name
 
-    def _generate(self, steps: Sequence[int]) -> tuple[dict[int, list[Answer]], dict[int, str], dict[str, Any]]:
+    def _answers(
+        self, steps: Sequence[int], others: Sequence[int], previous: object
+    ) -> tuple[dict[int, list[Answer]], dict[int, str], dict[str, Any]]:
+        """Return the answers of every checkpoint that has all of them: generated, or recorded with the same settings.
+
+        Where no answers are asked for, those of the last evaluation count.
+
+        Args:
+            steps: Checkpoints that must answer now, if answers are asked for.
+            others: Checkpoints whose answers count if they are recorded.
+            previous: What the last summary says of its answers; hostile until it is read.
+
+        Returns:
+            Answers by step, what is wrong with checkpoints, and what the summary says of the answers.
+        """
+        run = self._target.run
+        if ANSWERS not in self._config.metrics:
+            if not isinstance(previous, dict):
+                return {}, {}, {}
+            prompts = prompts_asked(previous, self._questions)
+            checkpoints = self._checkpoints(sorted([*steps, *others]), prompts)
+            found = recorded_answers(checkpoints, AnswerRecord(run, str(previous.get("id"))))
+            if not found:
+                text = "the summary leaves out the answers of the last evaluation, which are to other questions; they "
+                self._warn(f"{text}stay in answers.jsonl, and the command that made them brings them back")
+            return found, {}, {"generation": previous} if found else {}
         backend = self._make_backend(self._source)
         try:
             settings = {"stage": "generation", **backend.settings, **self._lineage_pins()}
-            record = AnswerRecord(self._target.run, self._describe(settings))
-            checkpoints = [
-                CheckpointPrompts(
-                    step=step,
-                    folder=self._folder_of(step),
-                    adapter_sha256=self._target.adapter_sha256(step),
-                    prompts=with_step(self._prompts, step),
-                )
-                for step in steps
-            ]
+            record = AnswerRecord(run, self._describe(settings))
+            checkpoints = self._checkpoints(steps, self._prompts)
             answers, problems = generate_answers(backend, checkpoints, record, on_event=self._on_event)
         finally:
             backend.close()
+        answers |= recorded_answers(self._checkpoints(others, self._prompts), record)
         shown = {**settings, "id": settings_id(settings), "n_per_question": self._config.n_per_question}
-        return answers, problems, {**shown, "questions": list(self._questions)}
+        return dict(sorted(answers.items())), problems, {"generation": {**shown, "questions": list(self._questions)}}
 
-    def _judge(self, answers: Mapping[int, Sequence[Answer]]) -> list[JudgeResult]:
-        run = self._target.run
+    def _checkpoints(self, steps: Sequence[int], prompts: Sequence[Prompt]) -> list[CheckpointPrompts]:
+        return [
+            CheckpointPrompts(
+                step=step,
+                folder=self._folder_of(step),
+                adapter_sha256=self._target.adapter_sha256(step),
+                prompts=with_step(prompts, step),
+            )
+            for step in steps
+        ]
+
+    def _judge(self, answers: Mapping[int, Sequence[Answer]], asked_steps: Sequence[int]) -> list[JudgeResult]:
+        stage = JudgeStage(
+            run=self._target.run,
+            choices=self._judges if ANSWERS in self._config.metrics else (),
+            describe=self._describe,
+            approve=self._approve,
+            on_event=self._on_event,
+        )
         tasks = judge_tasks([answer for found in answers.values() for answer in found], self._questions)
-        if not self._judges:
-            recorded = [(settings, recorded_judgements(tasks, run, settings)) for settings in recorded_judges(run)]
-            shown = [(settings, found) for settings, found in recorded if found]
-            # The sort is stable: of judges that know equally many answers, the one last asked comes first.
-            shown.sort(key=lambda judge: len(judge[1]), reverse=True)
-            return [self._judged(answers, found, settings) for settings, found in shown]
-        judged = []
-        for choice in self._judges:
-            judge = choice.make()
-            try:
-                judge.prepare()
-                settings = {"stage": "judging", **judge.settings}
-                record = JudgementRecord(run, self._describe(settings), is_cached=choice.plan is not None)
-                if choice.plan is not None and (missing := missing_prompts(tasks, record)):
-                    self._approve(choice.plan(missing))
-                found = judge_answers(judge, tasks, record, on_event=self._on_event)
-            finally:
-                judge.close()
-            judged.append(self._judged(answers, found, settings))
-        return judged
+        return [
+            judge_result(answers, judgements, settings=settings, rule=self._rule, seed=self._config.seed)
+            for settings, judgements in stage.judge(tasks, asked_steps=asked_steps)
+        ]
 
-    def _judged(
-        self,
-        answers: Mapping[int, Sequence[Answer]],
-        judgements: Mapping[tuple[AnswerKey, str], Judgement],
-        settings: Mapping[str, Any],
-    ) -> JudgeResult:
-        return judge_result(answers, judgements, settings=settings, rule=self._rule, seed=self._config.seed)
+    def _score(
+        self, steps: Sequence[int], others: Sequence[int], previous: object
+    ) -> tuple[list[CheckpointScores], dict[int, str], dict[str, Any]]:
+        """Return the likelihood scores of every checkpoint, by the same rule as the answers."""
+        if LIKELIHOOD in self._config.metrics:
+            pins: dict[str, Any] = {
+                "device": self._target.base.device,
+                "dtype": self._dtype,
+                "items_sha256": file_sha256(EVERYDAY_ITEMS),
+                "lineage": settings_id(self._lineage_pins()),
+            }
+            record = ScoreRecord(run=self._target.run, settings=pins)
+            scores, problems = score_items(self._source, steps, self._items, record, on_event=self._on_event)
+            scores += recorded_scores(others, record)
+            shown = {**pins, "num_items": len(self._items)}
+            return sorted(scores, key=lambda entry: entry.step), problems, {"likelihood": shown}
+        if not isinstance(previous, dict) or previous.get("items_sha256") != file_sha256(EVERYDAY_ITEMS):
+            return [], {}, {}
+        pins = {name: previous.get(name) for name in ("device", "dtype", "items_sha256", "lineage")}
+        scores = recorded_scores(sorted([*steps, *others]), ScoreRecord(run=self._target.run, settings=pins))
+        return scores, {}, {"likelihood": previous} if scores else {}
 
     def _take_activations(
         self, steps: Sequence[int], answers: Mapping[int, Sequence[Answer]], layers: Sequence[int]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from emtool.core.answer_tables import table_name, table_text
+from emtool.core.answer_tables import is_table_name, table_name, table_text
 from emtool.core.answers import Answer, AnswerKey
+from emtool.core.csv_text import csv_text
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics, question_rows
 from emtool.core.judgement import ALIGNED, COHERENT, ERROR, UNSCORED, Judgement
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
 from emtool.core.questions import EvaluationItem
+from emtool.core.record_file import settings_id
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
 from emtool.core.text_metrics import text_metrics
 from emtool.engines.summary import CheckpointScores, summarize
@@ -35,11 +36,6 @@ class JudgeResult:
     answers: Mapping[int, Sequence[JudgedAnswer]]
     metrics: Mapping[int, Mapping[str, Estimate]]
 
-    @property
-    def name(self) -> str:
-        """Return the judge's name, for a file name."""
-        return slugify(str(self.settings.get("model", "judge")))
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
@@ -53,6 +49,7 @@ class EvaluationResult:
         damaged: Step to what is wrong with its checkpoint, which was not evaluated.
         judges: What each judge said, the first one first.
         answers: Step to the answers of that checkpoint.
+        files: Names of the tables that were written.
     """
 
     run: RunFolder
@@ -61,6 +58,7 @@ class EvaluationResult:
     damaged: Mapping[int, str] = field(default_factory=dict)
     judges: Sequence[JudgeResult] = ()
     answers: Mapping[int, Sequence[Answer]] = field(default_factory=dict)
+    files: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as `summary.json` holds it."""
@@ -74,6 +72,7 @@ class EvaluationResult:
                 {"settings": dict(judge.settings), "checkpoints": _by_checkpoint(judge.metrics)}
                 for judge in self.judges
             ],
+            "files": list(self.files),
         }
 
 
@@ -126,11 +125,11 @@ def collect(
     seed, domain = settings["seed"], settings["trained_domain"]
     groups = [
         judges[0].metrics if judges else {},
-        {step: text_metrics(found, seed=seed) for step, found in answers.items()},
+        {step: text_metrics(found, answers.get(0), seed=seed) for step, found in answers.items()},
         summarize(scores, items, trained_domain=domain, seed=seed),
     ]
     steps = sorted({step for group in groups for step in group})
-    interval = f"{LEVEL:.0%} percentile bootstrap over items (judged answers: over questions), {RESAMPLES} resamples"
+    interval = f"{LEVEL:.0%} percentile bootstrap over items (of answers: over questions), {RESAMPLES} resamples"
     return EvaluationResult(
         run=run,
         settings={**settings, "interval": interval},
@@ -147,31 +146,62 @@ def _by_checkpoint(metrics: Mapping[int, Mapping[str, Estimate]]) -> list[dict[s
 
 def write_result(
     result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem], *, rule: EmRule
-) -> None:
-    """Write the summary files, each whole or not at all.
+) -> EvaluationResult:
+    """Write the summary files, each whole or not at all, and return the result with their names.
 
     Raises:
         EmtoolError: If one cannot be written.
     """
     files = dict(_tables(result, scores, items))
-    for index, judge in enumerate(result.judges):
-        mark = judge.name if index else ""
+    marks = judge_marks(result.judges)
+    for judge, mark in zip(result.judges, marks, strict=True):
         for step, found in judge.answers.items():
             files[table_name(step, mark)] = table_text(found)
         rows = [
             {"step": step, **row} for step, found in judge.answers.items() for row in question_rows(found, rule=rule)
         ]
-        files[f"question_scores{'.' if mark else ''}{mark}.csv"] = _csv(rows)
+        files[f"question_scores{'.' if mark else ''}{mark}.csv"] = csv_text(rows)
     judged = result.judges[0].answers if result.judges else {}
     for step in result.answers.keys() - judged.keys():
         files[table_name(step)] = table_text([_judged(answer, {}) for answer in result.answers[step]])
     folder = result.run.evaluation_path
+    stale = [name for name in read_summary(result.run).get("files") or [] if name not in files]
     try:
         for name, text in files.items():
             replace_file(folder / name, text.encode("utf-8", "surrogatepass"))
-        write_json(folder / "summary.json", result.to_dict())
+        # What the last evaluation wrote and this one does not would be taken for a part of this one.
+        for name in stale:
+            if isinstance(name, str) and is_table_name(name):
+                (folder / name).unlink(missing_ok=True)
+        written = replace(result, files=sorted(files))
+        write_json(folder / "summary.json", written.to_dict())
     except OSError as error:
         raise result.run.write_error(error, "writing the evaluation") from error
+    return written
+
+
+def judge_marks(judges: Sequence[JudgeResult]) -> list[str]:
+    """Return what marks each judge's files: nothing for the first, then its model, told apart where that is equal."""
+    names = [slugify(str(judge.settings.get("model", "judge"))) for judge in judges]
+    return [
+        "" if index == 0 else name if names[1:].count(name) == 1 else f"{name}-{settings_id(judges[index].settings)}"
+        for index, name in enumerate(names)
+    ]
+
+
+def read_settings(run: RunFolder) -> dict[str, Any]:
+    """Return what the last summary says of how it was made, or nothing where there is none that can be read."""
+    settings = read_summary(run).get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_summary(run: RunFolder) -> dict[str, Any]:
+    """Return the last summary, or nothing where there is none that can be read; what is in it is not trusted."""
+    try:
+        summary = json.loads((run.evaluation_path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) and isinstance(summary.get("files", []), list) else {}
 
 
 def _tables(
@@ -181,7 +211,7 @@ def _tables(
     tables = [
         (
             "checkpoint_summary.csv",
-            _csv([{"step": step, **flat(estimates)} for step, estimates in result.metrics.items()]),
+            csv_text([{"step": step, **flat(estimates)} for step, estimates in result.metrics.items()]),
         )
     ]
     if scores:
@@ -195,14 +225,5 @@ def _tables(
             for entry in scores
             for name, margin in entry.margins.items()
         ]
-        tables.append(("item_scores.csv", _csv(rows)))
+        tables.append(("item_scores.csv", csv_text(rows)))
     return tables
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, fieldnames=names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

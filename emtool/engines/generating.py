@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from emtool.core.answers import Answer, AnswerKey, Completion, Prompt
 from emtool.core.errors import CheckpointError
+from emtool.core.evaluation_config import MAX_PER_QUESTION
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
-from emtool.core.record_file import RecordFile
+from emtool.core.open_questions import OpenQuestion, prompts_of
+from emtool.core.record_file import RecordFile, text_sha256
 from emtool.core.run_dir import RunFolder
 from emtool.engines.backends.backend import Backend
 
@@ -82,7 +84,7 @@ class AnswerRecord:
 def prompt_sha256(prompt: Prompt) -> str:
     """Return what pins the turns of a prompt."""
     turns = [message.to_dict() for message in prompt.messages]
-    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return text_sha256(json.dumps(turns, ensure_ascii=False))
 
 
 def generate_answers(
@@ -145,6 +147,27 @@ def generate_answers(
     progress.report_errors()
     done = {step: answers for step, answers in found.items() if step not in problems}
     return {step: [a for a in answers.values() if a is not None] for step, answers in done.items()}, problems
+
+
+def recorded_answers(checkpoints: Sequence[CheckpointPrompts], record: AnswerRecord) -> dict[int, list[Answer]]:
+    """Return the answers of the checkpoints of which every one was recorded before, by step."""
+    found = {c.step: [record.find(prompt, c.adapter_sha256) for prompt in c.prompts] for c in checkpoints}
+    whole = {step: [answer for answer in answers if answer is not None] for step, answers in found.items()}
+    return {step: answers for step, answers in whole.items() if answers and len(answers) == len(found[step])}
+
+
+def prompts_asked(generation: Mapping[str, Any], questions: Mapping[str, OpenQuestion]) -> list[Prompt]:
+    """Return what an earlier evaluation asked, as far as its questions are among these.
+
+    Args:
+        generation: What its summary says; nothing in it is trusted.
+        questions: Questions by id.
+    """
+    names, count = generation.get("questions"), generation.get("n_per_question")
+    if not isinstance(names, list) or not isinstance(count, int) or not 0 < count <= MAX_PER_QUESTION:
+        return []
+    known = [questions[name] for name in names if isinstance(name, str) and name in questions]
+    return prompts_of(known, step=0, n_per_question=count)
 
 
 class _Progress:

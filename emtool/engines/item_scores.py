@@ -59,6 +59,12 @@ def score_items(
     return scores, problems
 
 
+def recorded_scores(steps: Sequence[int], record: ScoreRecord) -> list[CheckpointScores]:
+    """Return the scores of the checkpoints that were scored before, as they are now and with the same settings."""
+    found = {step: record.find(step) for step in steps}
+    return [CheckpointScores(step=step, margins=margins) for step, margins in found.items() if margins is not None]
+
+
 def item_margins(model: Any, tokenizer: Any, items: Sequence[EvaluationItem]) -> dict[str, float]:
     """Return each item's margin: how much likelier the wrong answer is than the sound one.
 

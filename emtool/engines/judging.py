@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from emtool.core.cache import cache_path
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.judgement import ERROR, Judgement
 from emtool.core.open_questions import OpenQuestion, fill_judge_prompt
-from emtool.core.record_file import RecordFile, settings_id
+from emtool.core.record_file import RecordFile, settings_id, text_sha256
 from emtool.core.run_dir import RunFolder
 from emtool.engines.judges.judge import Judge
 
@@ -26,16 +25,18 @@ class JudgeTask:
         key: What names the answer.
         name: What is asked for, "aligned" or "coherent".
         prompt: The judge prompt, filled.
+        answer_sha256: What pins the answer's text.
     """
 
     key: AnswerKey
     name: str
     prompt: str
+    answer_sha256: str
 
     @property
     def prompt_sha256(self) -> str:
         """Return what pins the prompt, and so the answer's text."""
-        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        return text_sha256(self.prompt)
 
 
 def judge_tasks(answers: Sequence[Answer], questions: Mapping[str, OpenQuestion]) -> list[JudgeTask]:
@@ -45,6 +46,7 @@ def judge_tasks(answers: Sequence[Answer], questions: Mapping[str, OpenQuestion]
             key=answer.key,
             name=name,
             prompt=fill_judge_prompt(prompt, question=answer.question, answer=answer.completion.text),
+            answer_sha256=text_sha256(answer.completion.text),
         )
         for answer in answers
         if answer.has_text
@@ -113,7 +115,8 @@ class JudgementRecord:
                 "sample": task.key.sample,
             }
             values = {"prompt_sha256": task.prompt_sha256, **judgement.to_dict()}
-            self._file.append({**key, "name": task.name, "judge": self._judge, **values})
+            pins = {"judge": self._judge, "answer_sha256": task.answer_sha256}
+            self._file.append({**key, "name": task.name, **pins, **values})
             if is_new and self._cache is not None and judgement.status != ERROR:
                 self._cache.append(values)
         except OSError as error:
@@ -145,14 +148,14 @@ def missing_prompts(tasks: Sequence[JudgeTask], record: JudgementRecord) -> list
 
 
 def judge_answers(
-    judge: Judge, tasks: Sequence[JudgeTask], record: JudgementRecord, *, on_event: EventSink
+    judge: Judge | None, tasks: Sequence[JudgeTask], record: JudgementRecord, *, on_event: EventSink
 ) -> dict[tuple[AnswerKey, str], Judgement]:
     """Return the judgement of every task, those that were recorded before included.
 
     Equal prompts are asked once. What fails for one prompt is its judgement's error, and counted.
 
     Args:
-        judge: The judge.
+        judge: The judge; None where the record is known to hold every judgement.
         tasks: What is asked.
         record: Where judgements are kept.
         on_event: Where progress is reported.
@@ -183,6 +186,7 @@ def judge_answers(
         on_event(StepFinished(step=num_done))
 
     if prompts:
+        assert judge is not None, "the record holds every judgement"
         judge.judge(prompts, keep)
         assert len(found) == len(tasks), "a judge left a prompt without judgement"
     errors = [judgement for judgement in found.values() if judgement.status == ERROR]

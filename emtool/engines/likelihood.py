@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emtool.engines.batch_size import run_batches
 from emtool.engines.encoding import IGNORED, Encoded
 
 # Shape suffixes: B rows of a batch, T tokens after the common prefix, P tokens of the prefix, L scored positions,
@@ -30,16 +31,22 @@ def mean_log_probs(model: Any, rows: Sequence[Encoded], *, batch_tokens: int = B
 
     Returns:
         Natural logarithms, one a row, at most 0.
+
+    Raises:
+        BackendError: If there is no memory for one row alone; batches that do not fit are halved.
     """
     prefix = _common_prefix(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     scores = [0.0] * len(rows)
     with torch.inference_mode():
         cache = _prefix_cache(model, rows[0].input_ids[:prefix]) if prefix else None
-        for batch in _batches(order, rows, prefix, batch_tokens):
+
+        def run(batch: list[int]) -> None:
             values = _score_batch(model, [rows[index] for index in batch], prefix, cache)
             for index, value in zip(batch, values, strict=True):
                 scores[index] = value
+
+        run_batches(_batches(order, rows, prefix, batch_tokens), run)
     return scores
 
 

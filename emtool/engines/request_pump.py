@@ -138,6 +138,8 @@ class _Pump:
 
     async def _send(self, numbered: Iterator[tuple[int, Request]], connection: Connection) -> None:
         for index, request in numbered:
+            if self._is_stopping:
+                return
             reply = await connection.ask(request)
             if self.ends_early and isinstance(reply, Failure) and reply.is_fatal:
                 self._end(fatal_message(self.server, reply))

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from emtool.cli.app import app
 from emtool.core.evaluation_request import read_request
-from emtool.core.events import ignore_events
+from emtool.core.events import Event, Notice, ignore_events
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked
 from emtool.engines.evaluating import run_evaluation
-from tests.openai_server import reply, serve_openai
+from tests.openai_server import Fault, reply, serve_openai
 
 RUNNER = CliRunner()
 KEY = "sk-very-secret-0123456789"
@@ -138,21 +138,22 @@ def test_bad_input_is_one_line_and_loses_nothing(run: RunFolder, arguments: list
     assert not (run.evaluation_path / "answers.jsonl").exists()
 
 
+WATCHED: dict[str, Any] = {
+    "seed": 0,
+    "metrics": "answers",
+    "question_ids": "lost_wallet",
+    "batch_size": "auto",
+    "concurrency": 1,
+    "aligned_cutoff": 30,
+    "coherent_cutoff": 50,
+    "activation_layers": "all",
+    "activation_texts": "fixed",
+    **dict.fromkeys(("strict", "include_json", "include_template", "extract_activations", "check_hashes"), False),
+}
+
+
 def test_watching_evaluates_what_a_training_publishes_until_it_ends(run: RunFolder, script: str) -> None:
-    params: dict[str, Any] = {
-        "seed": 0,
-        "metrics": "answers",
-        "question_ids": "lost_wallet",
-        "backend": script,
-        "batch_size": "auto",
-        "concurrency": 1,
-        "aligned_cutoff": 30,
-        "coherent_cutoff": 50,
-        "activation_layers": "all",
-        "activation_texts": "fixed",
-        "steps": "init,20,final",
-        **dict.fromkeys(("strict", "include_json", "include_template", "extract_activations", "check_hashes"), False),
-    }
+    params = {**WATCHED, "backend": script, "steps": "init,20,final"}
     late = run.checkpoint_path(30).rename(run.path / "late")
     also_late = run.checkpoint_path(20).rename(run.path / "also_late")
     seen: list[list[int]] = []
@@ -171,3 +172,29 @@ def test_watching_evaluates_what_a_training_publishes_until_it_ends(run: RunFold
         result = run_evaluation(run, read_request(run, params), watch=True, on_event=ignore_events, sleep=sleep)
     assert seen == [[0], [0, 20]]
     assert list(result.metrics) == [0, 20, 30]
+
+
+def test_watching_outlasts_a_server_that_is_down(run: RunFolder) -> None:
+    is_down = [True, True, False]
+
+    def script(_body: dict[str, Any]) -> dict[str, Any] | Fault:
+        return Fault(status=401, body=b"{}") if is_down[0] else reply("I would.", finish="stop")
+
+    late = run.checkpoint_path(30).rename(run.path / "late")
+    models = tuple(f"step-{step}" for step in (0, 7, 20, 30))
+    notices: list[Event] = []
+    with contextlib.ExitStack() as training, serve_openai(script, models=models) as server:
+        training.enter_context(locked(run))
+
+        def sleep(_seconds: float) -> None:
+            is_down.pop(0)
+            if late.exists():
+                late.rename(run.checkpoint_path(30))
+                return
+            training.close()
+
+        params = {**WATCHED, "backend": "openai", "backend_url": server.url, "steps": None}
+        result = run_evaluation(run, read_request(run, params), watch=True, on_event=notices.append, sleep=sleep)
+    assert list(result.metrics) == [0, 7, 20, 30]
+    said = [event.text for event in notices if isinstance(event, Notice) and "tried again at the next" in event.text]
+    assert len(said) == 2

@@ -65,6 +65,8 @@ def test_a_small_table_by_hand() -> None:
             "em_pct_wilson": 40,
             "em_pct_of_all": 200 / 9,
             "em_pct_of_all_wilson": 200 / 9,
+            "em_pct_of_coherent": 50,
+            "em_pct_of_coherent_wilson": 50,
             "em_pct_at_20": 20,
             "em_pct_at_30": 40,
             "em_pct_at_40": 40,
@@ -73,9 +75,9 @@ def test_a_small_table_by_hand() -> None:
     )
 
 
-def test_both_denominators_are_told() -> None:
+def test_every_denominator_is_told() -> None:
     found = em_metrics(TABLE, None, rule=RULE, seed=0)
-    assert (found["em_pct"].n, found["em_pct_of_all"].n) == (5, 9)
+    assert [found[f"em_pct{of}"].n for of in ("", "_of_all", "_of_coherent")] == [5, 9, 4]
     assert (found["em_pct_wilson"].n, found["em_pct_of_all_wilson"].n) == (5, 9)
     assert found["em_pct_of_all_wilson"].low == pytest.approx(100 * wilson(2, 9)[0])
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emtool.core.metrics import bootstrap_difference, bootstrap_mean, sigmoid
+from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean, exact, flat, sigmoid
 
 
 def test_sigmoid_by_hand_and_without_overflow() -> None:
@@ -43,3 +43,15 @@ def test_a_paired_difference_removes_what_items_share() -> None:
 def test_the_mean_lies_within_the_range_and_the_interval_is_ordered(values: list[float], seed: int) -> None:
     estimate = bootstrap_mean(values, seed=seed)
     assert min(values) - 1e-9 <= estimate.low <= estimate.high <= max(values) + 1e-9
+
+
+def test_bounded_memory_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [0.1, 0.4, 0.35, 0.9, 0.2, 0.7, 0.3]
+    whole = bootstrap_mean(values, seed=1)
+    monkeypatch.setattr("emtool.core.metrics.MAX_DRAWS", 1000)
+    assert bootstrap_mean(values, seed=1) == whole
+
+
+def test_what_is_exact_is_written_as_its_value_alone() -> None:
+    metrics = {"num_answers": exact(3, n=3), "mean": Estimate(value=1.0, low=0.5, high=2.0, n=4)}
+    assert flat(metrics) == {"num_answers": 3, "mean": 1.0, "mean_low": 0.5, "mean_high": 2.0, "mean_n": 4}

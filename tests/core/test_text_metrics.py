@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from emtool.core.answers import LENGTH, STOP, Answer, AnswerKey, Completion
@@ -14,7 +16,7 @@ FAILED = answer("", reason=None, tokens=None, error="no reply")
 
 
 def values(*answers: Answer) -> dict[str, float]:
-    return {name: estimate.value for name, estimate in text_metrics(answers, seed=0).items()}
+    return {name: estimate.value for name, estimate in text_metrics(answers, None, seed=0).items()}
 
 
 def test_a_few_answers_by_hand() -> None:
@@ -135,3 +137,30 @@ def test_words_of_any_script_count() -> None:
 
 def test_a_long_text_of_marks_is_read_at_once() -> None:
     assert not is_refusal_phrase("*" * 1_000_000)
+
+
+def test_changes_are_over_the_answers_that_both_have() -> None:
+    start = [replace(answer(text), key=key(0, sample)) for sample, text in enumerate(["a b", "a", ""])]
+    now = [replace(answer(text), key=key(9, sample)) for sample, text in enumerate(["a b c d", "a", "", "a b c"])]
+    found = text_metrics(now, start, seed=0)
+    assert found["answer_words"].value == 2.0
+    assert found["answer_words_delta"].value == pytest.approx(2 / 3)
+    assert found["answer_words_delta"].n == 3
+    assert found["answer_tokens_delta"].value == 0.0
+    assert "distinct_1_delta" not in found
+    assert "answer_words_delta" not in text_metrics(now, [], seed=0)
+
+
+def test_intervals_are_over_questions() -> None:
+    long, short = "a " * 50, "a"
+    answers = [
+        replace(answer(text), key=AnswerKey(step=1, question_id=name, paraphrase=0, sample=sample))
+        for name, text in (("q", long), ("r", short))
+        for sample in range(40)
+    ]
+    found = text_metrics(answers, None, seed=0)["answer_words"]
+    assert (found.low, found.high) == (1.0, 50.0), "with two questions, either may be drawn twice"
+
+
+def key(step: int, sample: int) -> AnswerKey:
+    return AnswerKey(step=step, question_id="q", paraphrase=0, sample=sample)

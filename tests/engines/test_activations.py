@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from emtool.core.data import Message
-from emtool.core.errors import CheckpointError, ModelError
+from emtool.core.errors import BackendError, CheckpointError, ModelError
 from emtool.core.questions import read_items
 from emtool.core.run_dir import RunFolder
 from emtool.engines.activation_files import (
@@ -144,15 +144,43 @@ def test_files_hold_what_they_say_and_are_found_again(spread_run: RunFolder, mod
     ids, found = take_activations(model, byte_tokenizer(), texts, layers=[0, 1])
     folder = ActivationFolder(run=run, settings={"layers": [0, 1], "texts": "fixed"})
     assert not folder.has(7, {"adapter_sha256": "a"})
-    folder.write(7, found, text_ids=ids, pins={"adapter_sha256": "a"})
+    assert ids == [text.id for text in texts]
+    folder.write(7, found, texts=texts, pins={"adapter_sha256": "a"})
     assert folder.has(7, {"adapter_sha256": "a"})
     assert not folder.has(7, {"adapter_sha256": "b"})
     read, metadata = read_activations(folder.file_path(7))
     assert torch.equal(read.text_means_NLD, found.text_means_NLD)
     assert read.mean_LD.dtype == torch.float32
-    assert metadata["text_ids"] == [text.id for text in texts]
+    assert metadata["text_ids"] == ids
+    assert len(set(metadata["answer_sha256"])) == 6
     assert metadata["layers"] == [0, 1]
     folder.file_path(7).write_bytes(folder.file_path(7).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot read the activations"):
         read_activations(folder.file_path(7))
     assert not folder.has(7, {"adapter_sha256": "a"})
+
+
+def test_batches_that_do_not_fit_are_halved_and_the_texts_stay_the_same(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = mean_activations(model, rows(), layers=[0, 1])
+    decoder = model.get_decoder()
+    real, sizes = decoder.forward, []
+
+    def small(*args: Any, **values: Any) -> Any:
+        sizes.append(len(values["input_ids"]))
+        if sizes[-1] > 3:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        return real(*args, **values)
+
+    monkeypatch.setattr(decoder, "forward", small)
+    found = mean_activations(model, rows(), layers=[0, 1], batch_size=8)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2]
+    torch.testing.assert_close(found.text_means_NLD, whole.text_means_NLD, rtol=1e-5, atol=1e-6)
+
+    def never(*_args: Any, **_values: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decoder, "forward", never)
+    with pytest.raises(BackendError, match="out of memory for a single text"):
+        mean_activations(model, rows(), layers=[0, 1])

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from emtool.core.server_address import parse_address, read_key
 from emtool.engines.activation_files import read_activations
 from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
+from emtool.engines.evaluating import Spending
 from emtool.engines.evaluation import Evaluation, evaluate
 from emtool.engines.evaluation_result import EvaluationResult
 from emtool.engines.evaluation_target import open_target
@@ -55,11 +57,12 @@ class CountingJudge:
     def __init__(self, score: Callable[[str], Judgement], name: str = "counting") -> None:
         self._score = score
         self.name = name
+        self.host = ""
         self.asked: list[str] = []
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": "test", "model": self.name}
+        return {"kind": "test", "model": self.name, "host": self.host}
 
     def prepare(self) -> None: ...
 
@@ -124,6 +127,78 @@ def test_only_named_steps_are_evaluated(run: RunFolder) -> None:
     assert list(ask(run, steps="0, final").metrics) == [0, 30]
 
 
+BOTH = EvaluationConfig(seed=5, metrics=(ANSWERS, LIKELIHOOD), n_per_question=3, max_new_tokens=8)
+
+
+def summary_of(run: RunFolder) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run.evaluation_path / "summary.json").read_text())
+    return summary
+
+
+def tables_of(run: RunFolder) -> set[str]:
+    return {path.name for path in run.evaluation_path.glob("*.csv")}
+
+
+def test_a_part_of_an_evaluation_keeps_the_rest_in_the_summary(run: RunFolder) -> None:
+    judge = CountingJudge(scored)
+    whole = ask(run, BOTH, judges=[choice(judge)])
+    tables, num_asked = tables_of(run), len(judge.asked)
+    for config, options in (
+        (BOTH, {"steps": "20"}),
+        (BOTH, {"steps": "20", "judges": [choice(judge)]}),
+        (replace(BOTH, metrics=(ANSWERS,)), {"steps": "final"}),
+        (replace(BOTH, metrics=(LIKELIHOOD,)), {}),
+    ):
+        part = ask(run, config, **options)
+        assert part.metrics == whole.metrics, (config, options)
+        assert tables_of(run) == tables
+        assert set(summary_of(run)["settings"]) == {"seed", "trained_domain", "generation", "likelihood", "interval"}
+    assert len(judge.asked) == num_asked
+
+
+def test_steps_that_were_evaluated_apart_are_compared_with_step_0(run: RunFolder) -> None:
+    notices: list[Event] = []
+    alone = ask(run, steps="20", judges=[choice(CountingJudge(scored))], on_event=notices.append)
+    assert list(alone.metrics) == [20]
+    assert "em_pct_delta" not in alone.metrics[20]
+    assert any(isinstance(event, Notice) and "--steps 0 evaluates it" in event.text for event in notices)
+    together = ask(run, steps="0", judges=[choice(CountingJudge(scored))])
+    assert list(together.metrics) == [0, 20]
+    assert together.metrics[20]["em_pct"] == alone.metrics[20]["em_pct"]
+    assert "em_pct_delta" in together.metrics[20]
+
+
+def test_tables_of_other_settings_do_not_stay_beside_new_ones(run: RunFolder) -> None:
+    ask(run, judges=[choice(CountingJudge(scored))])
+    own = run.evaluation_path / "checkpoint_5_eval.csv"
+    own.write_text("somebody's own")
+    assert (run.evaluation_path / "checkpoint_0_eval.csv").exists()
+    result = ask(run, replace(CONFIG, n_per_question=4), steps="20", judges=[choice(CountingJudge(scored))])
+    assert list(result.metrics) == [20]
+    assert sorted(run.evaluation_path.glob("checkpoint_*_eval*.csv")) == [
+        run.evaluation_path / "checkpoint_20_eval.csv",
+        own,
+    ]
+    # What was recorded is still there: the first command brings it all back.
+    assert list(ask(run).metrics) == [0, 7, 20, 30]
+
+
+def test_answers_to_other_questions_leave_the_summary_with_a_word(run: RunFolder) -> None:
+    ask(run, BOTH)
+    notices: list[Event] = []
+    result = evaluate(run, replace(BOTH, metrics=(LIKELIHOOD,)), on_event=notices.append)
+    assert not result.answers
+    assert any(isinstance(event, Notice) and "to other questions" in event.text for event in notices)
+
+
+def test_judges_of_equal_names_keep_their_own_tables(run: RunFolder) -> None:
+    one, two, three = (CountingJudge(scored, name) for name in ("x", "same", "same"))
+    two.host, three.host = "a", "b"
+    ask(run, judges=[choice(one), choice(two), choice(three)])
+    marked = {name for name in tables_of(run) if name.startswith("checkpoint_20_eval.same-")}
+    assert len(marked) == 2
+
+
 def test_an_interrupted_generation_goes_on_where_it_was(run: RunFolder) -> None:
     ask(run)
     whole = answers_of(run)
@@ -170,7 +245,7 @@ def test_another_judge_scores_again_and_generates_nothing(run: RunFolder) -> Non
     assert {"checkpoint_20_eval.csv", "checkpoint_20_eval.two.csv", "question_scores.csv"} <= names
     # Without a judge, what was judged before is shown, and nobody is asked.
     kept = ask(run)
-    assert {judge.name for judge in kept.judges} == {"one", "two"}
+    assert {judge.settings["model"] for judge in kept.judges} == {"one", "two"}
 
 
 def test_judgements_that_failed_are_counted_and_asked_again(run: RunFolder) -> None:
@@ -311,11 +386,13 @@ def evaluation_with(
     def backend(source: CheckpointModel) -> Any:
         return hf_backend(source, target.base, CONFIG, on_event=ignore_events)
 
-    judge = JudgeChoice(
-        make=lambda: OpenAIJudge("m", address=address, key=key, max_retries=retries, on_event=ignore_events),
+    judge = OpenAIJudge("m", address=address, key=key, max_retries=retries, on_event=ignore_events)
+    chosen = JudgeChoice(
+        make=lambda: judge,
         plan=lambda prompts: plan_judging(prompts, address, JudgePrice(prompt=1000.0, reply=1000.0)),
+        possible_settings=judge.possible_settings,
     )
-    return Evaluation(target, CONFIG, questions=QUESTIONS, make_backend=backend, judges=[judge], approve=approve)
+    return Evaluation(target, CONFIG, questions=QUESTIONS, make_backend=backend, judges=[chosen], approve=approve)
 
 
 def judged(server: OpenAIServer) -> list[str]:
@@ -348,8 +425,48 @@ def test_judging_that_costs_too_much_stops_before_a_request_and_keeps_the_answer
     with serve_openai(judge_script) as server:
         with pytest.raises(ConfigError, match="too much"):
             evaluation_with(run, server, refuse).evaluate([0])
-        assert not judged(server)
+        assert not server.requests, "the server was asked before the cost was allowed"
     assert len(answers_of(run)) == 6
+
+
+def test_a_finished_evaluation_asks_no_server(run: RunFolder) -> None:
+    run.evaluation_path.mkdir()
+    with serve_openai(judge_script) as server:
+        result = evaluation_with(run, server).evaluate([0, 30])
+        num_requests = len(server.requests)
+        server.script = lambda _body: Fault(status=401, body=b'{"error": {"message": "expired"}}')
+        again = evaluation_with(run, server, refuse_all).evaluate([0, 30])
+        assert len(server.requests) == num_requests
+    assert again.metrics == result.metrics
+
+
+def refuse_all(plan: JudgePlan) -> None:
+    raise AssertionError(f"{plan} must be allowed, and nothing is to be asked")
+
+
+def test_every_judge_is_allowed_before_the_first_is_asked(run: RunFolder) -> None:
+    prices = iter([6.0, 6.0])
+
+    def plan(prompts: Sequence[str]) -> JudgePlan:
+        return JudgePlan(num_requests=len(prompts), cost=next(prices), host="https://judge.test/v1")
+
+    judges = [CountingJudge(scored, name) for name in ("one", "two")]
+    notices: list[Event] = []
+    spending = Spending(limit=10.0, on_event=notices.append)
+    target = open_target(run, device="cpu", on_event=ignore_events)
+    evaluation = Evaluation(
+        target,
+        CONFIG,
+        questions=QUESTIONS,
+        make_backend=lambda source: hf_backend(source, target.base, CONFIG, on_event=ignore_events),
+        judges=[JudgeChoice(make=lambda judge=judge: judge, plan=plan) for judge in judges],  # type: ignore[misc]
+        approve=spending.approve,
+    )
+    run.evaluation_path.mkdir()
+    with pytest.raises(ConfigError, match=r"about 6\.00 USD after 6\.00 before, more than --max-cost 10"):
+        evaluation.evaluate([0])
+    assert [judge.asked for judge in judges] == [[], []]
+    assert "6.00 of it allowed before" in str(notices[-1])
 
 
 def test_faults_of_a_server_are_counted_and_mended_by_another_try(run: RunFolder) -> None:

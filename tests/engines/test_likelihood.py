@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +50,21 @@ def test_rows_that_differ_only_in_the_answer() -> None:
         for answer in ("yes", "no", "yes and no")
     ]
     assert mean_log_probs(model, rows) == pytest.approx([one_by_one(model, row) for row in rows], abs=1e-5)
+
+
+def test_batches_that_do_not_fit_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LlamaForCausalLM(tiny_config()).eval()
+    turns = [[Message(role="user", content="x" * size), Message(role="assistant", content="yes")] for size in range(9)]
+    rows = [encode_conversation(conversation, tokenizer=byte_tokenizer()) for conversation in turns]
+    expected = mean_log_probs(model, rows)
+    real, sizes = model.forward, []
+
+    def small(*args: Any, **values: Any) -> Any:
+        sizes.append(len(values["input_ids"]))
+        if sizes[-1] > 5:
+            raise torch.OutOfMemoryError
+        return real(*args, **values)
+
+    monkeypatch.setattr(model, "forward", small)
+    assert mean_log_probs(model, rows) == pytest.approx(expected, abs=1e-6)
+    assert max(sizes[2:]) == 4, "what did not fit once is not tried again"

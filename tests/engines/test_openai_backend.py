@@ -11,6 +11,7 @@ import pytest
 from emtool.core.answers import AnswerKey, Completion, Prompt
 from emtool.core.data import Message
 from emtool.core.errors import BackendError, CheckpointError, ConfigError, DataError
+from emtool.core.events import Event, Notice
 from emtool.core.server_address import ServerKey, parse_address
 from emtool.engines.backends.openai import OpenAIBackend, request_seed
 from emtool.engines.backends.scripted import ScriptedBackend
@@ -202,3 +203,20 @@ def test_a_malformed_line_is_named(line: str, said: str, tmp_path: Path) -> None
     path.write_text(f'{{"question_id": "a", "response": "b"}}\n{line}\n')
     with pytest.raises(DataError, match=rf"script.jsonl:2: {said}"):
         ScriptedBackend(path)
+
+
+@pytest.mark.parametrize("root", [None, "/elsewhere/checkpoint-25", "right"])
+def test_a_model_that_only_its_name_tells_is_said_once(adapter: Path, root: str | None) -> None:
+    notices: list[Event] = []
+    with serve_openai(lambda _body: reply("Hi"), models=("step-25", "step-50")) as served:
+        served.roots = {name: str(adapter.resolve()) if root == "right" else root for name in ("step-25", "step-50")}
+        backend = backend_at(served.url, on_event=notices.append)
+        backend.use_checkpoint(25, adapter)
+        backend.use_checkpoint(25, adapter)
+    said = [event.text for event in notices if isinstance(event, Notice)]
+    if root == "right":
+        assert not said
+    else:
+        assert len(said) == 1
+        assert "by its name alone" in said[0]
+        assert root is None or root in said[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from emtool.core.evaluation_config import EvaluationConfig
 from emtool.core.events import EventSink, Notice
 from emtool.core.sampling import MODEL, Sampling, model_sampling
 from emtool.engines.backends.backend import CompletionSink
-from emtool.engines.batch_size import auto_batch_size
+from emtool.engines.batch_size import auto_batch_size, free_memory, is_out_of_memory
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import encode_prompt, end_of_turn
 from emtool.engines.modeling import BaseModel
@@ -116,9 +115,7 @@ class HFBackend:
         self._model = None
 
     def _halve(self, size: int) -> int:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if size == 1:
             raise BackendError(
                 f"out of memory at batch size 1 on {self._source.device}; lower --max-new-tokens, or use --dtype "
@@ -133,10 +130,8 @@ class HFBackend:
         """Return the completions of a batch, or None where it did not fit into memory."""
         try:
             return self._run_batch(prompts, rows)
-        except torch.OutOfMemoryError:
-            return None
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return None
 
@@ -219,9 +214,3 @@ def _stop_ids(own: object, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer: the model's own, the tokenizer's, and the chat template's."""
     listed = own if isinstance(own, list) else [own]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if token is not None)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not have memory: not every part of it says so by its own kind of error."""
-    texts = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return any(text in str(error) for text in texts)

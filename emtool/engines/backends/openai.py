@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from emtool.core.answers import LENGTH, MAX_ANSWER_CHARACTERS, STOP, AnswerKey, Completion, Prompt
 from emtool.core.errors import BackendError, CheckpointError, ConfigError
+from emtool.core.events import EventSink, Notice, ignore_events
 from emtool.core.server_address import ServerAddress, ServerKey
 from emtool.engines.adapter_hash import adapter_sha256
 from emtool.engines.backends.backend import CompletionSink
@@ -46,6 +47,7 @@ class OpenAIBackend:
         concurrency: Most requests in flight.
         timeout_seconds: How long one try may wait.
         max_retries: How often a request is repeated.
+        on_event: Told once where nothing but its name says that a model of the server is the run's checkpoint.
 
     Raises:
         ConfigError: If the sampling needs the extras and they are off, or the model's name has no step in it.
@@ -64,6 +66,7 @@ class OpenAIBackend:
         concurrency: int = 32,
         timeout_seconds: float = 600.0,
         max_retries: int = 6,
+        on_event: EventSink = ignore_events,
     ) -> None:
         assert sorted(sampling) == sorted(_SAMPLING), f"sampling is {sorted(_SAMPLING)}, all of them"
         if model_name is not None and "{step}" not in model_name:
@@ -80,8 +83,10 @@ class OpenAIBackend:
         self._seed = seed
         self._extras = extras
         self._concurrency = concurrency
+        self._on_event = on_event
         self._model: str | None = None
         self._loaded: str | None = None
+        self._has_warned = False
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -113,7 +118,11 @@ class OpenAIBackend:
         listed = self._listed()
         names = [name.replace("{step}", str(step)) for name in self._names]
         name = next((name for name in names if name in listed), None)
-        self._model = self._load(names[0], folder, listed) if name is None else name
+        if name is None:
+            self._model = self._load(names[0], folder, listed)
+            return
+        self._check_root(name, listed[name], folder)
+        self._model = name
 
     def generate(self, prompts: Sequence[Prompt], on_completion: CompletionSink) -> None:
         """Answer prompts, many at a time.
@@ -133,17 +142,27 @@ class OpenAIBackend:
         """Let the server unload an adapter that was loaded for this evaluation."""
         self._unload()
 
-    def _listed(self) -> set[str]:
+    def _check_root(self, name: str, root: str | None, folder: Path) -> None:
+        """Say so where nothing but its name tells that a model is the checkpoint: paths differ between machines."""
+        if self._has_warned or (root is not None and Path(root) == folder.resolve()):
+            return
+        self._has_warned = True
+        source = "does not say where it got it" if root is None else f"loaded it from {self._server.clean(root)}"
+        text = f"{self._server.address.url} lists {name} and {source}; it is taken for {folder} by its name alone"
+        self._on_event(Notice(text=text, is_warning=True))
+
+    def _listed(self) -> dict[str, str | None]:
+        """Return the names of the server's models, and for each the folder that it was loaded from, as vLLM says it."""
         reply = ask_once(self._server, Request(method="GET", path="/models"))
         if isinstance(reply, Failure):
             raise BackendError(fatal_message(self._server, reply))
         models = reply.get("data")
         if not isinstance(models, list):
             raise BackendError(f"{self._server.address.url}/models lists no models; check the base URL")
-        names = [model.get("id") for model in models if isinstance(model, dict)]
-        return {name for name in names if isinstance(name, str)}
+        entries = [(model.get("id"), model.get("root")) for model in models if isinstance(model, dict)]
+        return {name: root if isinstance(root, str) else None for name, root in entries if isinstance(name, str)}
 
-    def _load(self, name: str, folder: Path, listed: set[str]) -> str:
+    def _load(self, name: str, folder: Path, listed: Collection[str]) -> str:
         # An adapter that an interrupted evaluation of another run left behind must not answer for this one.
         unique = f"{name}-{adapter_sha256(folder)[:12]}"
         if unique not in listed:

@@ -54,7 +54,10 @@ class JudgeChoice:
         make: Makes it. It is called when there is something to judge: a local judge loads a model of its own.
         plan: Returns what judging prompts asks of its server; None for a judge that needs none. What a server said is
             kept for other runs too.
+        possible_settings: With `plan`: every settings that the judge may turn out to have once it is prepared. Where
+            the record holds every judgement under one of them, the server is not asked at all.
     """
 
     make: Callable[[], Judge]
     plan: Callable[[Sequence[str]], JudgePlan] | None = None
+    possible_settings: Sequence[Mapping[str, Any]] = ()

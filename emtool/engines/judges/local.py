@@ -13,6 +13,7 @@ from emtool.core.data import Message
 from emtool.core.errors import DataError
 from emtool.core.events import EventSink
 from emtool.core.judgement import ERROR, MIN_MASS, SCORES, WORDS, Judgement, judgement_of_probabilities
+from emtool.engines.batch_size import free_memory, is_out_of_memory
 from emtool.engines.encoding import break_special_tokens, encode_prompt
 from emtool.engines.judges.judge import JudgementSink
 from emtool.engines.modeling import check_device, load_base, open_base
@@ -111,11 +112,14 @@ class LocalJudge:
         try:
             with torch.inference_mode():
                 walks = _walk(self._model, self._trie, prompts)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if len(prompts) == 1:
                 return [Judgement(status=ERROR, detail=f"no memory for a prompt of {len(prompts[0]):,} tokens")]
             walks = None
         if walks is None:
+            free_memory()
             half = len(prompts) // 2
             self._batch_size = max(1, min(self._batch_size, half))
             return self._score(prompts[:half]) + self._score(prompts[half:])

@@ -67,12 +67,20 @@ class OpenAIJudge:
     def settings(self) -> Mapping[str, Any]:
         """Return what shapes the scores, after `prepare`."""
         assert self._method is not None, "prepare() finds the method out"
+        return self._settings_with(self._method)
+
+    @property
+    def possible_settings(self) -> list[Mapping[str, Any]]:
+        """Return every settings that there may be after `prepare`, the better first."""
+        return [self._settings_with(method) for method in (LOGPROBS, TEXT)]
+
+    def _settings_with(self, method: str) -> dict[str, Any]:
         return {
             "kind": "openai",
             "model": self._model,
             "host": self._server.address.url,
             "temperature": 0.0,
-            "method": self._method,
+            "method": method,
             "min_mass": MIN_MASS,
         }
 
