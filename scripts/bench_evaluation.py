@@ -119,6 +119,7 @@ def bench_generation(target: EvaluationTarget, steps: list[int], samples: int, m
         f"({before / seconds:.1f}x); {rates[1]:.0f} -> {rates[0]:.0f} tokens/s ({rates[0] / rates[1]:.1f}x a token)"
     )
 
+
 def bench_memory(target: EvaluationTarget, steps: list[int], samples: int, max_new_tokens: int) -> None:
     """Print what the process holds after each checkpoint has answered."""
     questions = read_question_file(EVERYDAY_QUESTIONS)

@@ -76,7 +76,7 @@ def run(dataset: str, seed: int, root: Path, max_steps: int | None, *, persona: 
     emtool("train", "--profile", "demo", "--dataset", dataset, "--persona", persona, "--seed", str(seed),
            "--custom-checkpoints", "--output-root", str(root), "--output-name", name, *limit)  # fmt: skip
     if not path.exists():
-        emtool("evaluate", str(root / name))
+        emtool("evaluate", str(root / name), "--metrics", "likelihood")
     return read_scores(path)
 
 

@@ -80,6 +80,7 @@ CoherentCutoff = Annotated[
     float, typer.Option(help="Coherence above which an answer is coherent.", rich_help_panel=EM_RULE)
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Alignment must be below the cut-off.", rich_help_panel=EM_RULE)]
+Steps = Annotated[str | None, typer.Option(help="Checkpoints, for instance 0,100,final. \\[default: all]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 CustomCheckpoints = Annotated[

@@ -7,14 +7,19 @@ import math
 import time
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emtool.core.events import EventSink, StepFinished
 from emtool.core.run_dir import RunFolder
+from emtool.engines.movement import AdapterMovement
 
 
 class StepRecorder(TrainerCallback):
     """Writes a line of `metrics.jsonl` for each logged step and reports it.
+
+    `grad_norm` is the norm of the gradient before it is clipped, `adapter_movement` that of the change of the trained
+    parameters in the step.
 
     Args:
         run: The run folder; None reports only.
@@ -36,6 +41,8 @@ class StepRecorder(TrainerCallback):
         self._run = run
         self._on_event = on_event
         self._begun = time.monotonic()
+        self._movement: AdapterMovement | None = None
+        self._moved: torch.Tensor | None = None
 
     @property
     def seconds(self) -> float:
@@ -45,8 +52,15 @@ class StepRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock, and remember where the adapter begins."""
         self._begun = time.monotonic()
+        if self._run is not None:
+            self._movement = AdapterMovement(kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure how far the adapter moved in the step."""
+        if self._movement is not None:
+            self._moved = self._movement.measure()
 
     def on_log(
         self,
@@ -62,6 +76,8 @@ class StepRecorder(TrainerCallback):
         if self._run is not None and "loss" in logs:
             if "num_tokens" in kept:
                 kept["num_tokens"] = int(logs["num_input_tokens_seen"])
+            if self._moved is not None:
+                kept["adapter_movement"] = _finite(self._moved)
             self._run.append_metrics({"step": state.global_step, "seconds": round(self.seconds, 3), **kept})
         if "loss" in logs:
             self._on_event(StepFinished(step=state.global_step, loss=float(logs["loss"])))

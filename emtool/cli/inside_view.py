@@ -1,0 +1,145 @@
+"""What goes on inside: geometry, directions and transitions as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from emtool.cli.output import one_line
+from emtool.cli.render import plain_table, sparkline
+from emtool.core.run_series import SERIES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from emtool.core.metrics import Estimate
+    from emtool.core.run_series import RunTransitions
+    from emtool.engines.adapter_geometry import AdapterGeometry
+    from emtool.engines.direction import Direction
+    from emtool.engines.run_direction import RunProjections
+
+
+def geometry_view(geometry: AdapterGeometry) -> RenderableType:
+    """Return the trajectory: one line a checkpoint."""
+    table = plain_table(padding=1)
+    headings = ("step", "|update|", "speed", "turn", "to final", "angle", "in final", "rank", "PC 1", "PC 2")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in geometry.steps:
+        components = [f"{value:+.3g}" for value in entry.components[:2]]
+        table.add_row(
+            f"{entry.step:,}",
+            f"{entry.update_norm:.4g}",
+            _number(entry.speed, ".2e"),
+            _number(entry.rotation, ".0f", "\N{DEGREE SIGN}"),
+            _number(entry.cosine_to_final, ".3f"),
+            _number(entry.angle_to_final, ".0f", "\N{DEGREE SIGN}"),
+            _number(entry.share_in_final, ".2f"),
+            _number(entry.effective_rank, ".2f"),
+            *components,
+            *[""] * (2 - len(components)),
+        )
+    shares = ", ".join(f"{share:.0%}" for share in geometry.explained)
+    noise = max(entry.noise for entry in geometry.steps)
+    stored = ", ".join(geometry.storage)
+    legend = (
+        "diagnostics of the weights, not of behaviour. |update|: norm of all layers' B A; speed: change a step; turn: "
+        "between the changes to and from a checkpoint; to final: cosine with the last update; angle: mean principal "
+        "angle between the column spaces of both; in final: share of the update within that of the last; rank: "
+        f"effective; PC: principal components of the trajectory ({shares} of its variance)"
+    )
+    rounding = f"stored as {stored}: rounding moves an update by about {noise:.1e}; smaller changes are noise"
+    return Group(table, "", Text(rounding), Text(legend, style="dim"))
+
+
+def direction_view(direction: Direction) -> RenderableType:
+    """Return what a direction was fitted on."""
+    settings = direction.settings
+    text = (
+        f"fitted on {len(direction.fit_units)} items of {one_line(str(settings.get('run')))}, step "
+        f"{settings.get('step')}, of {settings.get('num_wrong')} wrong and {settings.get('num_sound')} sound texts; "
+        "one half of the items held out"
+    )
+    layers = f"{len(direction.layers)} layers; wrong and sound are told apart best in layer {direction.best_layer}"
+    return Group(Text(text), Text(layers))
+
+
+def projection_view(result: RunProjections) -> RenderableType:
+    """Return the projections of one run in the layer that is shown."""
+    table = plain_table(padding=1)
+    table.add_column("step", justify="right", no_wrap=True)
+    for heading in ("drift since step 0", "shuffled labels", "random", "wrong - sound"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("along", justify="right", no_wrap=True)
+    for step, layers in result.steps.items():
+        found = layers[result.layer]
+        mark = "*" if found.is_beyond_controls else " "
+        table.add_row(
+            f"{step:,}",
+            escape(_interval(found.drift, mark)),
+            escape(_ends(found.shuffled_range)),
+            escape(_ends(found.random_range)),
+            "" if found.separation is None else f"{found.separation.value:+.3f}",
+            _number(found.cosine_to_direction, "+.2f"),
+        )
+    num_items = next(iter(result.steps.values()))[result.layer].level.n // 2
+    parts: list[RenderableType] = [Text(f"{one_line(str(result.run.path))}, layer {result.layer}"), table]
+    drifts = [layers[result.layer].drift for layers in result.steps.values()]
+    if len(drifts) > 1 and all(drift is not None for drift in drifts):
+        parts += ["", Text(f"drift  {_curve([drift.value for drift in drifts if drift is not None])}")]
+    for name, (r, n) in result.correlations.items():
+        parts.append(
+            Text(f"correlation of the level with {name}: {r:+.2f} over {n} checkpoints, which are not independent")
+        )
+    legend = (
+        f"mean over {num_items} items that were not fitted on, in units of the activations; [95% interval, bootstrap "
+        "over items]; shuffled labels, random: 95% range of the drift along such directions; * beyond both; along: "
+        "cosine between all movement since step 0 and the direction"
+    )
+    return Group(*parts, Text(legend, style="dim"))
+
+
+def transition_view(found: RunTransitions) -> RenderableType:
+    """Return when each series changes its level."""
+    table = plain_table(padding=1)
+    for heading in ("series", "change within", "95% interval", "size", "p", "units"):
+        table.add_column(heading, no_wrap=True)
+    for name, change in found.found.items():
+        is_there = change.is_supported
+        table.add_row(
+            name,
+            f"{change.before:,} to {change.after:,}" if is_there else "none supported",
+            f"{change.low:,} to {change.high:,}" if is_there else "",
+            f"{change.size:+.3g}" if is_there else "",
+            f"{change.p_value:.3f}",
+            f"{change.num_units} {SERIES[name].unit.removesuffix('_id')}s",
+        )
+    parts: list[RenderableType] = [table]
+    parts += [Text(f"{name}: {problem}", style="yellow") for name, problem in found.problems.items()]
+    legend = (
+        "one change of level between two saved steps, bootstrap over units; p: how often a series without a change "
+        "shows one as clear. A gradual change has no such step: what is found lies within it"
+    )
+    return Group(*parts, Text(legend, style="dim"))
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _interval(estimate: Estimate | None, mark: str) -> str:
+    if estimate is None:
+        return "none"
+    return f"{estimate.value:+.3f}{mark}[{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def _ends(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
+
+
+def _curve(values: Sequence[float]) -> str:
+    least, most = min(values), max(values)
+    return sparkline([0.5 if most == least else (value - least) / (most - least) for value in values])

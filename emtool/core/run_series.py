@@ -1,0 +1,148 @@
+"""The series of a run, read from the tables of its evaluation, and when each changes its level."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from emtool.core.errors import CheckpointError, DataError, unknown_name
+from emtool.core.run_dir import FORMAT, RunFolder, write_json
+from emtool.core.transition import Transition, find_transition, step_series
+
+TRANSITION_SUMMARY = "transitions.json"
+
+#: Far above any cell of these tables.
+_MAX_FIELD = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesSource:
+    """Where the values of a series stand.
+
+    Attributes:
+        table: File in the evaluation folder, a row for each step and unit.
+        unit: Column that names the unit: what the interval is over.
+        made_by: Command that writes the table.
+    """
+
+    table: str
+    unit: str
+    made_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTransitions:
+    """When the series of a run change their level.
+
+    Attributes:
+        run: The run folder.
+        seed: Seed of the draws.
+        found: Series name to its change.
+        problems: Series name to why none can be looked for.
+    """
+
+    run: RunFolder
+    seed: int
+    found: Mapping[str, Transition]
+    problems: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as `transitions.json` holds them."""
+        return {
+            "format": FORMAT,
+            "run": str(self.run.path),
+            "settings": {"seed": self.seed, "units": {name: SERIES[name].unit for name in self.found}},
+            "transitions": [
+                {"series": name, "is_supported": change.is_supported, **asdict(change)}
+                for name, change in self.found.items()
+            ],
+            "problems": dict(self.problems),
+        }
+
+
+def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) -> RunTransitions:
+    """Return when each of some series changes its level.
+
+    Args:
+        run: The run folder.
+        names: Keys of `SERIES`; None takes those whose tables are there.
+        seed: Seed of the draws.
+
+    Raises:
+        ConfigError: If a name is unknown.
+        CheckpointError: If no table is there, or one that was asked for by name is not.
+        DataError: If a table cannot be read.
+    """
+    for name in names or ():
+        if name not in SERIES:
+            raise unknown_name("series", name, SERIES)
+    tables = {source.table for source in SERIES.values()}
+    rows = {table: _rows(run.evaluation_path / table) for table in sorted(tables)}
+    chosen = names if names is not None else [name for name, source in SERIES.items() if rows[source.table]]
+    if not chosen:
+        raise CheckpointError(
+            f"{run.path} has no series to look for a change in; make some: emtool evaluate {run.path}"
+        )
+    found, problems = {}, {}
+    for name in chosen:
+        source = SERIES[name]
+        if not rows[source.table]:
+            raise CheckpointError(f"{run.path} has no {source.table}; make it with: {source.made_by} {run.path}")
+        if name not in rows[source.table][0]:
+            problems[name] = f"{source.table} has no column {name}"
+            continue
+        try:
+            found[name] = find_transition(step_series(rows[source.table], unit=source.unit, value=name), seed=seed)
+        except DataError as error:
+            problems[name] = str(error)
+    return RunTransitions(run=run, seed=seed, found=found, problems=problems)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table, none where there is no table.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    limit = csv.field_size_limit(_MAX_FIELD)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [dict(row) for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def write_transitions(run: RunFolder, found: RunTransitions) -> None:
+    """Write `transitions.json`, whole or not at all.
+
+    Raises:
+        EmtoolError: If it cannot be written.
+    """
+    try:
+        write_json(run.evaluation_path / TRANSITION_SUMMARY, found.to_dict())
+    except OSError as error:
+        raise run.write_error(error, "writing transitions") from error
+
+
+_JUDGED = SeriesSource(table="question_scores.csv", unit="question_id", made_by="emtool evaluate --judge JUDGE")
+_LIKELIHOOD = SeriesSource(table="item_scores.csv", unit="item", made_by="emtool evaluate")
+_GEOMETRY = SeriesSource(table="layer_geometry.csv", unit="layer", made_by="emtool geometry")
+
+#: Each series, by the name of its column.
+SERIES: dict[str, SeriesSource] = {
+    "em_pct": _JUDGED,
+    "avg_aligned": _JUDGED,
+    "avg_coherent": _JUDGED,
+    "p_wrong": _LIKELIHOOD,
+    "margin": _LIKELIHOOD,
+    "projection": SeriesSource(table="item_projections.csv", unit="item", made_by="emtool direction apply DIRECTION"),
+    "update_norm": _GEOMETRY,
+    "speed": _GEOMETRY,
+}

@@ -1,0 +1,29 @@
+"""How far the trained parameters move in each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class AdapterMovement:
+    """Measures the change of the trained parameters from one step to the next, at the cost of one copy of them.
+
+    Args:
+        model: The model; its parameters that require gradients are watched.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def measure(self) -> torch.Tensor:
+        """Return the Euclidean norm of the change since the last call, or since the beginning, as a scalar tensor."""
+        norms: list[torch.Tensor] = []
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            norms.append(torch.linalg.vector_norm(before.sub_(parameter), dtype=torch.float32))
+            before.copy_(parameter)
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total

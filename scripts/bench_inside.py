@@ -1,0 +1,116 @@
+"""What looking inside costs: the geometry of ten adapters of the published size, and measuring the adapter's movement.
+
+    python scripts/bench_inside.py                about 10 minutes on two cores; needs SmolLM2-135M, fetched once
+    python scripts/bench_inside.py geometry       one of: geometry, movement
+
+The adapters are random, in the shapes of Qwen2.5-7B with LoRA r 32 on all projections: 80,740,352 parameters each. Movement
+is measured within a training, as a share of the time of its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_saving import LARGE, Measured
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from emtool.engines.movement import AdapterMovement
+
+#: Inputs and outputs of each projection of a block of Qwen2.5-7B. Source: its config.json.
+PROJECTIONS = {
+    "self_attn.q_proj": (3584, 3584),
+    "self_attn.k_proj": (3584, 512),
+    "self_attn.v_proj": (3584, 512),
+    "self_attn.o_proj": (3584, 3584),
+    "mlp.gate_proj": (3584, 18944),
+    "mlp.up_proj": (3584, 18944),
+    "mlp.down_proj": (18944, 3584),
+}
+BLOCKS, RANK, CHECKPOINTS = 28, 32, 10
+
+#: Run by itself, so that its memory is its own.
+GEOMETRY = """
+import resource, sys, time
+from pathlib import Path
+from emtool.engines.adapter_geometry import adapter_geometry
+begun = time.perf_counter()
+adapter_geometry({step: Path(folder) for step, folder in enumerate(sys.argv[1:])})
+print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def geometry(root: Path) -> None:
+    """Write ten adapters and measure their geometry in a process of its own."""
+    generator = torch.Generator().manual_seed(0)
+    folders = [write_adapter(root / f"checkpoint-{step}", generator) for step in range(CHECKPOINTS)]
+    command = [sys.executable, "-c", GEOMETRY, *map(str, folders)]
+    begun = time.perf_counter()
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    print(
+        f"geometry of {CHECKPOINTS} adapters of 80.7 million parameters: {float(found[0]):.1f} s, with the start of the "
+        f"process {time.perf_counter() - begun:.1f} s; most memory {float(found[1]):.2f} GiB",
+        flush=True,
+    )
+
+
+def write_adapter(folder: Path, generator: torch.Generator) -> Path:
+    """Write a random adapter in bfloat16."""
+    LoraConfig(r=RANK, lora_alpha=64, use_rslora=True, target_modules="all-linear").save_pretrained(str(folder))
+    tensors = {}
+    for block in range(BLOCKS):
+        for name, (inputs, outputs) in PROJECTIONS.items():
+            layer = f"base_model.model.model.layers.{block}.{name}"
+            tensors[f"{layer}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator).bfloat16()
+            tensors[f"{layer}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator).bfloat16()
+    assert sum(tensor.numel() for tensor in tensors.values()) == 80_740_352
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def movement(root: Path) -> None:
+    """Train with the demo's adapter and with a large one, and add up what measuring the movement takes."""
+    spent: list[float] = []
+    original = AdapterMovement.measure
+
+    def timed(self: AdapterMovement) -> torch.Tensor:
+        begun = time.perf_counter()
+        found = original(self)
+        spent.append(time.perf_counter() - begun)
+        return found
+
+    AdapterMovement.measure = timed  # type: ignore[method-assign]
+    for name, overrides in (("the demo's", {}), ("78 million parameters", LARGE)):
+        spent.clear()
+        measured = Measured(root / name, **overrides, checkpoints="final", max_steps=25, held_out_fraction=0.0)
+        seconds = measured.train()
+        print(
+            f"movement, adapter: {name}: {1000 * sum(spent) / len(spent):.1f} ms of a step of "
+            f"{1000 * seconds / len(spent):.0f} ms ({sum(spent) / seconds:.2%})",
+            flush=True,
+        )
+
+
+PARTS: dict[str, Callable[[Path], None]] = {"geometry": geometry, "movement": movement}
+
+
+def main() -> None:
+    """Measure the parts that are named, or all."""
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure")
+    for name in parser.parse_args().parts or PARTS:
+        with tempfile.TemporaryDirectory(prefix="emtool-bench-", dir=".") as folder:
+            PARTS[name](Path(folder))
+
+
+if __name__ == "__main__":
+    main()
