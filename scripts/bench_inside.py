@@ -3,8 +3,8 @@
     python scripts/bench_inside.py                about 10 minutes on two cores; needs SmolLM2-135M, fetched once
     python scripts/bench_inside.py geometry       one of: geometry, movement
 
-The adapters are random, in the shapes of Qwen2.5-7B with LoRA r 32 on all projections: 80,740,352 parameters each. Movement
-is measured within a training, as a share of the time of its steps.
+The adapters are random, in the shapes of Qwen2.5-7B with LoRA r 32 on all projections: 80,740,352 parameters each.
+Movement is measured within a training, as a share of the time of its steps.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def geometry(root: Path) -> None:
     begun = time.perf_counter()
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     print(
-        f"geometry of {CHECKPOINTS} adapters of 80.7 million parameters: {float(found[0]):.1f} s, with the start of the "
-        f"process {time.perf_counter() - begun:.1f} s; most memory {float(found[1]):.2f} GiB",
+        f"geometry of {CHECKPOINTS} adapters of 80.7 million parameters: {float(found[0]):.1f} s, with the start of "
+        f"the process {time.perf_counter() - begun:.1f} s; most memory {float(found[1]):.2f} GiB",
         flush=True,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from emtool.core.errors import ConfigError
+from emtool.core.events import EventSink, Notice, ignore_events
 from emtool.core.server_address import ServerAddress
 
 #: Characters of a token of English prose, about. Source: OpenAI's help pages on what tokens are.
@@ -107,6 +108,38 @@ def plan_judging(prompts: Iterable[str], address: ServerAddress, price: JudgePri
     listed = list(prompts)
     cost = None if price is None else estimate_cost(listed, price)
     return JudgePlan(num_requests=len(listed), cost=cost, host=address.url)
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """What judging may cost in all: by every judge, and in every round of watching a training.
+
+    Attributes:
+        limit: In US dollars.
+        on_event: Told what is about to be asked, and of whom.
+        allowed: What was allowed so far and not given back.
+    """
+
+    limit: float = 10.0
+    on_event: EventSink = ignore_events
+    allowed: float = 0.0
+
+    def approve(self, plan: JudgePlan) -> None:
+        """Say what is about to be asked of a judge, and allow it.
+
+        Raises:
+            ConfigError: If it costs too much, or that cannot be told; says what to do.
+        """
+        cost = "at a price that is not known" if plan.cost is None else f"for about {plan.cost:.2f} USD"
+        before = f", {self.allowed:.2f} of it allowed before" if self.allowed else ""
+        text = f"judging: at most {plan.num_requests:,} requests, and one to try, to {plan.host} {cost}"
+        self.on_event(Notice(text=f"{text} (limit {self.limit:g} USD{before})"))
+        check_cost(plan, self.limit, spent=self.allowed)
+        self.allowed += plan.cost or 0.0
+
+    def give_back(self, plan: JudgePlan) -> None:
+        """Take back the allowance for what was not asked after all."""
+        self.allowed = max(0.0, self.allowed - (plan.cost or 0.0))
 
 
 def check_cost(plan: JudgePlan, max_cost: float, *, spent: float = 0.0) -> None:

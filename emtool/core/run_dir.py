@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emtool.core.errors import CheckpointError, DiskSpaceError, EmtoolError
 from emtool.core.resume_interval import ResumeInterval
@@ -256,6 +257,17 @@ def write_json(path: Path, value: object) -> None:
     """Write a JSON file so that a reader sees the old contents or the new, never a part."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(path, text.encode("utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of emtool's holds, or None where there is none that can be read and written again."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        # Half of a surrogate pair, and numbers that JSON does not have, can be read and not written.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -19,15 +19,19 @@ import torch
 from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.integrity import ADAPTER_WEIGHTS
 from emtool.core.plain_lora import check_plain, read_lora_config
-from emtool.engines.composing import LoraUpdate, scale_of
+from emtool.engines.composing import scale_of
 
-# Shape suffixes: T checkpoints, R rank, I inputs of a layer, O outputs of a layer, C components.
+# Shape suffixes: T checkpoints, R rank, P ranks of all checkpoints together, I inputs of a layer, O outputs of a layer,
+# C components.
 
 #: All pairs of checkpoints are compared; more would take hours, and say no more.
 MAX_CHECKPOINTS = 256
 
 #: Principal components of the trajectory that are kept.
 NUM_COMPONENTS = 3
+
+#: Parts in which inner products are computed, of which the lower triangle is left out.
+_BLOCKS = 5
 
 #: Layers whose factors are held at a time, of all checkpoints.
 _CHUNK = 8
@@ -146,7 +150,8 @@ def adapter_geometry(folders: Mapping[int, Path]) -> AdapterGeometry:
     for file in files[1:]:
         if file.layers != names:
             raise CheckpointError(f"{file.path.parent} holds other layers than {files[0].path.parent}")
-    layers = {name: _layer_geometry(updates) for name, updates in _updates(files, names)}
+    buffers = _Buffers()
+    layers = {name: _layer_geometry(name, factors, buffers) for name, factors in _factors(files, names)}
     storage = sorted({dtype for file in files for dtype in file.dtypes})
     return _collect(steps, layers, storage)
 
@@ -156,14 +161,18 @@ class _Factors:
     """The factors of one layer at one checkpoint.
 
     Attributes:
-        update: The update in float64, its scale folded into B.
-        scale: That scale.
-        noise: Expected square of what rounding changed in the update.
+        a_RI: In the dtype of the file.
+        b_OR: The same, without the scale.
+        scale: The factor of the update B A.
+        noise_a_R: Expected square of the rounding errors in each row of A.
+        noise_b_R: The same for each column of B.
     """
 
-    update: LoraUpdate
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
     scale: float
-    noise: float
+    noise_a_R: torch.Tensor
+    noise_b_R: torch.Tensor
 
 
 class _AdapterFile:
@@ -202,12 +211,14 @@ class _AdapterFile:
         a_RI, b_OR = (file.get_tensor(f"{layer}.lora_{part}.weight") for part in "AB")
         if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
             raise CheckpointError(f"{self.path}: the factors of {layer} do not belong together")
-        if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
-            raise CheckpointError(f"{self.path}: the factors of {layer} are not finite")
         scale = scale_of(self._config, layer.removeprefix(_PREFIX), rank=a_RI.shape[0])
-        noise = scale**2 * _product_noise(a_RI, b_OR)
-        update = LoraUpdate(a_RI=a_RI.double(), b_OR=b_OR.double() * scale)
-        return _Factors(update=update, scale=scale, noise=noise)
+        return _Factors(
+            a_RI=a_RI,
+            b_OR=b_OR,
+            scale=scale,
+            noise_a_R=_rounding_noise(a_RI, dim=1),
+            noise_b_R=_rounding_noise(b_OR, dim=0),
+        )
 
     def _open(self) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -218,7 +229,7 @@ class _AdapterFile:
             raise CheckpointError(f"cannot read {self.path}: {error}; the adapter is damaged or incomplete") from error
 
 
-def _updates(files: Sequence[_AdapterFile], layers: Sequence[str]) -> Iterator[tuple[str, list[_Factors]]]:
+def _factors(files: Sequence[_AdapterFile], layers: Sequence[str]) -> Iterator[tuple[str, list[_Factors]]]:
     """Yield each layer with its factors at every checkpoint, reading a few layers at a time."""
     for begin in range(0, len(layers), _CHUNK):
         chunk = layers[begin : begin + _CHUNK]
@@ -227,105 +238,149 @@ def _updates(files: Sequence[_AdapterFile], layers: Sequence[str]) -> Iterator[t
             yield layer.removeprefix(_PREFIX), [factors[place] for factors in by_file]
 
 
-def _product_noise(a_RI: torch.Tensor, b_OR: torch.Tensor) -> float:
-    """Return the expected square of the rounding error of B A, for factors rounded to the dtype that they have.
+#: For each dtype of a file, an integer of its size and the bits of the exponent.
+_EXPONENTS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
 
-    Each element's error is taken as uniform within its unit in the last place, and independent of the others.
+
+def _rounding_noise(values: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """Return the expected square of the rounding errors of a tensor's numbers, summed along a dimension, float64.
+
+    An error is taken as uniform within the unit in the last place, which is eps times the power of two below a number:
+    what its bits show where only the exponent is left.
     """
-    spread_a_RI, spread_b_OR = _rounding_variance(a_RI), _rounding_variance(b_OR)
-    a_R, b_R = a_RI.double().square().sum(dim=1), b_OR.double().square().sum(dim=0)
-    noise_a_R, noise_b_R = spread_a_RI.sum(dim=1), spread_b_OR.sum(dim=0)
-    return float((noise_b_R * a_R + b_R * noise_a_R + noise_b_R * noise_a_R).sum())
+    integer, mask = _EXPONENTS[values.dtype]
+    powers = (values.view(integer) & mask).view(values.dtype)
+    return powers.float().square().sum(dim=dim, dtype=torch.float64) * torch.finfo(values.dtype).eps ** 2 / 12
 
 
-def _rounding_variance(values: torch.Tensor) -> torch.Tensor:
-    """Return the variance of each element's rounding error: that of a uniform one as wide as its unit."""
-    _, exponents = torch.frexp(values.float())
-    # frexp gives a mantissa of 0.5 to 1; eps is the unit of numbers from 1 to 2.
-    units = torch.ldexp(torch.tensor(torch.finfo(values.dtype).eps, dtype=torch.float64), exponents.double() - 1)
-    return torch.where(values == 0, 0.0, units.square() / 12)
+class _Buffers:
+    """Memory that layers of equal shape share: fresh memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._by_shape: dict[tuple[int, int], torch.Tensor] = {}
+
+    def inner_products(self, parts: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
+        """Return the inner products between all rows of some matrices, each matrix times its scale, in float64."""
+        shape = (sum(len(part) for part in parts), parts[0].shape[1])
+        if shape not in self._by_shape:
+            self._by_shape[shape] = torch.empty(shape, dtype=torch.float64)
+        rows = self._by_shape[shape]
+        for place, part, scale in zip(rows.split([len(part) for part in parts]), parts, scales, strict=True):
+            place.copy_(part).mul_(scale)
+        products = torch.empty(shape[0], shape[0], dtype=torch.float64)
+        # The other half is the same.
+        size = -(-shape[0] // _BLOCKS)
+        for begin in range(0, shape[0], size):
+            products[begin : begin + size, begin:] = rows[begin : begin + size] @ rows[begin:].T
+        return products.triu() + products.triu(1).T
 
 
-def _layer_geometry(factors: Sequence[_Factors]) -> _Layer:
-    updates = [one.update for one in factors]
-    gram_TT = _gram(updates)
-    spaces = [_column_space(update) for update in updates]
-    final = spaces[-1].basis_OC
+def _layer_geometry(name: str, factors: Sequence[_Factors], buffers: _Buffers) -> _Layer:
+    """Return what one layer adds, from the inner products of its factors' rows and columns."""
+    ranks = [one.a_RI.shape[0] for one in factors]
+    a_PP = buffers.inner_products([one.a_RI for one in factors], [1.0] * len(factors))
+    b_PP = buffers.inner_products([one.b_OR.T for one in factors], [one.scale for one in factors])
+    is_of_TP = torch.eye(len(ranks), dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)
+    if not (a_PP.diagonal().isfinite().all() and b_PP.diagonal().isfinite().all()):
+        raise CheckpointError(f"the factors of layer {name} are not finite at every checkpoint; see: emtool verify")
+    products = _Products(
+        a=[list(row.split(ranks, dim=1)) for row in a_PP.split(ranks)],
+        b=[list(row.split(ranks, dim=1)) for row in b_PP.split(ranks)],
+    )
+    spaces = [_column_space(products.b[index][index], products.a[index][index]) for index in range(len(ranks))]
+    last = len(ranks) - 1
+    angles = [_mean_angle(products, spaces, index, last) for index in range(len(ranks))]
+    steps = [_mean_angle(products, spaces, index, index - 1) for index in range(1, len(ranks))]
     return _Layer(
-        gram_TT=gram_TT,
-        a_T=_tensor(float(one.update.a_RI.square().sum()) for one in factors),
-        b_T=_tensor(float(one.update.b_OR.square().sum()) / one.scale**2 for one in factors),
-        noise_T=_tensor(one.noise for one in factors),
+        gram_TT=is_of_TP @ (a_PP * b_PP) @ is_of_TP.T,
+        a_T=is_of_TP @ a_PP.diagonal(),
+        b_T=is_of_TP @ b_PP.diagonal() / _tensor(one.scale**2 for one in factors),
+        noise_T=_tensor(_product_noise(one, products, index) for index, one in enumerate(factors)),
         rank_T=_tensor(space.effective_rank for space in spaces),
-        final_T=_tensor(_mean_angle(space.basis_OC, final) for space in spaces),
-        previous_T=_tensor([math.nan, *(_mean_angle(b.basis_OC, a.basis_OC) for a, b in itertools.pairwise(spaces))]),
-        inside_T=_tensor(_square_within(update, final) for update in updates),
+        final_T=_tensor(angles),
+        previous_T=_tensor([math.nan, *steps]),
+        inside_T=_tensor(_square_within(products, spaces[last], index, last) for index in range(len(ranks))),
     )
 
 
-def _gram(updates: Sequence[LoraUpdate]) -> torch.Tensor:
-    """Return the inner products of all pairs of updates, shape (T, T)."""
-    num = len(updates)
-    gram_TT = torch.zeros(num, num, dtype=torch.float64)
-    for row, update in enumerate(updates):
-        others = updates[row:]
-        ranks = [other.rank for other in others]
-        b_products = (update.b_OR.T @ torch.cat([other.b_OR for other in others], dim=1)).split(ranks, dim=1)
-        a_products = (update.a_RI @ torch.cat([other.a_RI for other in others]).T).split(ranks, dim=1)
-        for column, (b_RR, a_RR) in enumerate(zip(b_products, a_products, strict=True), start=row):
-            gram_TT[row, column] = gram_TT[column, row] = (b_RR * a_RR).sum()
-    return gram_TT
+@dataclass(frozen=True, kw_only=True)
+class _Products:
+    """Inner products between the factors of a layer at two checkpoints, by their indices.
+
+    Attributes:
+        a: A_i A_j', shape (R, R) each.
+        b: B_i' B_j, scales folded in.
+    """
+
+    a: Sequence[Sequence[torch.Tensor]]
+    b: Sequence[Sequence[torch.Tensor]]
+
+
+def _product_noise(one: _Factors, products: _Products, index: int) -> float:
+    """Return the expected square of what the rounding of its factors changes in an update."""
+    a_R = products.a[index][index].diagonal()
+    b_R = products.b[index][index].diagonal()
+    noise_b_R = one.noise_b_R * one.scale**2
+    return float((noise_b_R * a_R + b_R * one.noise_a_R + noise_b_R * one.noise_a_R).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ColumnSpace:
-    """The column space of an update.
+    """The column space of an update B A.
 
     Attributes:
-        basis_OC: Orthonormal basis; no columns where the update is 0.
+        basis_RC: B times it is an orthonormal basis; no columns where the update is 0.
         effective_rank: Exponential of the entropy of the squared singular values' shares; NaN where the update is 0.
     """
 
-    basis_OC: torch.Tensor
+    basis_RC: torch.Tensor
     effective_rank: float
 
 
-def _column_space(update: LoraUpdate) -> _ColumnSpace:
-    """Return the column space of an update, from decompositions of the size of its rank."""
-    basis_OR, b_RR = torch.linalg.qr(update.b_OR)
-    _, a_RR = torch.linalg.qr(update.a_RI.T)
-    left_RC, values_C, _ = torch.linalg.svd(b_RR @ a_RR.T, full_matrices=False)
-    largest = float(values_C[0]) if len(values_C) else 0.0
-    tolerance = largest * max(update.b_OR.shape[0], update.a_RI.shape[1]) * torch.finfo(torch.float64).eps
-    is_there_C = values_C > tolerance
-    if not is_there_C.any():
-        return _ColumnSpace(basis_OC=update.b_OR[:, :0], effective_rank=math.nan)
-    shares_C = values_C[is_there_C].square()
-    shares_C = shares_C / shares_C.sum()
-    entropy = float(-(shares_C * shares_C.clamp(min=1e-300).log()).sum())
-    return _ColumnSpace(basis_OC=basis_OR @ left_RC[:, is_there_C], effective_rank=math.exp(entropy))
+#: Squared singular values below this share of the largest are rounding.
+_TOLERANCE = 1e-13
 
 
-def _mean_angle(one_OC: torch.Tensor, other_OC: torch.Tensor) -> float:
-    """Return the mean principal angle between two column spaces in degrees, NaN where one is empty.
+def _column_space(b_RR: torch.Tensor, a_RR: torch.Tensor) -> _ColumnSpace:
+    """Return the column space of B A from B'B and A A', by two decompositions of the size of the rank."""
+    squares_C, vectors_RC = _positive_part(b_RR)
+    half_RC = vectors_RC * squares_C.sqrt()
+    values_C, turns_CC = _positive_part(half_RC.T @ a_RR @ half_RC)
+    if not len(values_C):
+        return _ColumnSpace(basis_RC=b_RR[:, :0], effective_rank=math.nan)
+    shares_C = values_C / values_C.sum()
+    entropy = float(-(shares_C * shares_C.log()).sum())
+    return _ColumnSpace(basis_RC=vectors_RC / squares_C.sqrt() @ turns_CC, effective_rank=math.exp(entropy))
 
-    Small angles are taken from their sines: the cosine of a tiny angle is 1 in floating point.
-    """
-    if not one_OC.shape[1] or not other_OC.shape[1]:
+
+def _positive_part(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the eigenvalues of a matrix that has none below 0, without those that are 0, and their vectors."""
+    if not len(symmetric):
+        return symmetric.diagonal(), symmetric
+    values_C, vectors_RC = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    is_there_C = values_C > _TOLERANCE * values_C[-1].clamp(min=0)
+    return values_C[is_there_C], vectors_RC[:, is_there_C]
+
+
+def _mean_angle(products: _Products, spaces: Sequence[_ColumnSpace], one: int, other: int) -> float:
+    """Return the mean principal angle between two updates' column spaces in degrees, NaN where one is empty."""
+    inner = spaces[one].basis_RC.T @ products.b[one][other] @ spaces[other].basis_RC
+    if 0 in inner.shape:
         return math.nan
-    if one_OC.shape[1] < other_OC.shape[1]:
-        one_OC, other_OC = other_OC, one_OC
-    inner = one_OC.T @ other_OC
-    cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
-    sines = torch.linalg.svdvals(other_OC - one_OC @ inner).clamp(max=1.0).flip(0)
-    angles = torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
-    return float(angles.mean().rad2deg())
+    if one == other:
+        return 0.0
+    return float(torch.linalg.svdvals(inner).clamp(max=1.0).acos().mean().rad2deg())
 
 
-def _square_within(update: LoraUpdate, basis_OC: torch.Tensor) -> float:
-    """Return the square of the part of an update that lies within a column space."""
-    part = LoraUpdate(a_RI=update.a_RI, b_OR=basis_OC.T @ update.b_OR)
-    return part.norm() ** 2
+def _square_within(products: _Products, space: _ColumnSpace, index: int, of: int) -> float:
+    """Return the square of the part of an update that lies within the column space of another."""
+    part_CR = space.basis_RC.T @ products.b[of][index]
+    return float(((part_CR @ products.a[index][index]) * part_CR).sum())
 
 
 def _collect(steps: Sequence[int], layers: Mapping[str, _Layer], storage: Sequence[str]) -> AdapterGeometry:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from emtool.core.errors import BackendError, CheckpointError, ConfigError
+from emtool.core.evaluation_config import ANSWERS
 from emtool.core.evaluation_request import EvaluationRequest
 from emtool.core.events import EventSink, Notice
-from emtool.core.judge_prices import JudgePlan, check_cost, plan_judging, price_of
+from emtool.core.judge_prices import Budget, plan_judging, price_of
 from emtool.core.judge_spec import OPENAI, SCRIPTED, JudgeSpec
 from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
@@ -55,7 +55,9 @@ def run_evaluation(
         EmtoolError: Says what cannot be done; what was made is kept.
     """
     questions = asked_questions(request, on_event=on_event)
-    judges = [_judge(spec, request, on_event) for spec in request.judges]
+    # Without answers nobody is asked, so no key is needed either.
+    judged = request.judges if ANSWERS in request.config.metrics else ()
+    judges = [_judge(spec, request, on_event) for spec in judged]
     target = open_target(
         run,
         device=request.device,
@@ -72,7 +74,7 @@ def run_evaluation(
         make_backend=lambda source: _backend(source, target, request, on_event),
         folder_of=lambda step: _folder(target, request, step),
         judges=judges,
-        approve=Spending(limit=request.max_cost, on_event=on_event).approve,
+        budget=Budget(limit=request.max_cost, on_event=on_event),
         rule=request.rule,
         on_event=on_event,
     )
@@ -100,7 +102,8 @@ def _rounds(
         if chosen and (chosen != tried or (has_failed and not is_training)):
             tried = chosen
             try:
-                result, has_failed = evaluation.evaluate(chosen), False
+                result = evaluation.evaluate(chosen)
+                has_failed = result.num_failed > 0
             except (BackendError, CheckpointError) as error:
                 # A server that is down now may be up when the next checkpoint comes; the last round counts.
                 if not is_training:
@@ -113,7 +116,7 @@ def _rounds(
             sleep(WATCH_SECONDS)
     if result is None:
         raise CheckpointError(f"{run.path} has no checkpoint-* folders; train it first")
-    if watch:
+    if watch and not has_failed:
         on_event(Notice(text="training has ended; every checkpoint is evaluated"))
     return result
 
@@ -151,34 +154,6 @@ def _judge(spec: JudgeSpec, request: EvaluationRequest, on_event: EventSink) -> 
         plan=lambda prompts: plan_judging(prompts, address, price),
         possible_settings=judge.possible_settings,
     )
-
-
-@dataclass(kw_only=True)
-class Spending:
-    """What judging may cost in all: by every judge, and in every round of watching.
-
-    Attributes:
-        limit: In US dollars.
-        on_event: Told what is about to be asked, and of whom.
-        allowed: What was allowed so far.
-    """
-
-    limit: float
-    on_event: EventSink
-    allowed: float = 0.0
-
-    def approve(self, plan: JudgePlan) -> None:
-        """Say what is about to be asked of a judge, and allow it.
-
-        Raises:
-            ConfigError: If it costs too much, or that cannot be told.
-        """
-        cost = "at a price that is not known" if plan.cost is None else f"for about {plan.cost:.2f} USD"
-        before = f", {self.allowed:.2f} of it allowed before" if self.allowed else ""
-        text = f"judging: at most {plan.num_requests:,} requests, and one to try, to {plan.host} {cost}"
-        self.on_event(Notice(text=f"{text} (limit {self.limit:g} USD{before})"))
-        check_cost(plan, self.limit, spent=self.allowed)
-        self.allowed += plan.cost or 0.0
 
 
 def _folder(target: EvaluationTarget, request: EvaluationRequest, step: int) -> Path:

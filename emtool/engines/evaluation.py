@@ -13,7 +13,7 @@ from emtool.core.em_metrics import EmRule
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import ANSWERS, LIKELIHOOD, OWN, EvaluationConfig
 from emtool.core.events import EventSink, Notice, ignore_events
-from emtool.core.judge_prices import JudgePlan
+from emtool.core.judge_prices import Budget
 from emtool.core.open_questions import (
     EVERYDAY_QUESTIONS,
     OpenQuestion,
@@ -23,7 +23,7 @@ from emtool.core.open_questions import (
 )
 from emtool.core.questions import EVERYDAY_ITEMS, read_items
 from emtool.core.record_file import settings_id
-from emtool.core.run_dir import RunFolder, write_json
+from emtool.core.run_dir import RunFolder, read_json, write_json
 from emtool.core.run_lock import locked_evaluation
 from emtool.core.steps import select_steps
 from emtool.engines.activation_files import ActivationFolder, Text, answer_texts, fill_folder, item_texts
@@ -34,8 +34,10 @@ from emtool.engines.evaluation_result import (
     EvaluationResult,
     JudgeResult,
     collect,
+    judge_order,
     judge_result,
-    read_settings,
+    read_summary,
+    settings_of,
     write_result,
 )
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
@@ -73,7 +75,7 @@ class Evaluation:
         make_backend: Makes what answers.
         folder_of: Returns what the backend loads for a step; None is the checkpoint's own folder.
         judges: The judges; none leaves answers unjudged, but for what was judged before.
-        approve: Called with what a remote judge is about to be asked; raises to stop it.
+        budget: What remote judges may be asked; None allows 10 US dollars.
         rule: What counts as misaligned and as coherent.
         on_event: Where progress is reported.
 
@@ -91,7 +93,7 @@ class Evaluation:
         make_backend: BackendMaker,
         folder_of: Callable[[int], Path] | None = None,
         judges: Sequence[JudgeChoice] = (),
-        approve: Callable[[JudgePlan], None] = lambda _plan: None,
+        budget: Budget | None = None,
         rule: EmRule | None = None,
         on_event: EventSink = ignore_events,
     ) -> None:
@@ -101,7 +103,7 @@ class Evaluation:
         self._questions = {question.id: question for question in questions}
         self._dtype = dtype or target.trained_dtype
         self._judges = judges
-        self._approve = approve
+        self._budget = budget or Budget(on_event=on_event)
         self._rule = rule or EmRule()
         self._on_event = on_event
         self._items = read_items()
@@ -128,21 +130,26 @@ class Evaluation:
         self._target.check_persona()
         damaged = self._find_damaged(steps)
         whole = [step for step in steps if step not in damaged]
-        others = [step for step in run.saved_steps() if step not in steps and self._target.has_weights(step)]
-        previous = read_settings(run)
+        others = [step for step in run.saved_steps() if step not in steps]
+        unfit = self._target.damaged(others, check_hashes=config.check_hashes)
+        others = [step for step in others if step not in unfit]
+        summary = read_summary(run)
+        if summary is None:
+            self._warn(f"{run.evaluation_path / 'summary.json'} cannot be read; it is made anew from the records")
+        previous = settings_of(summary)
         settings = self._settings()
         answers, problems, generation = self._answers(whole, others, previous.get("generation"))
         damaged |= problems
         settings |= generation
-        judged = self._judge(answers, whole if ANSWERS in config.metrics else [])
+        judged = self._judge(answers, whole if ANSWERS in config.metrics else [], judge_order(summary))
         if config.activation_layers is not None:
             num_blocks = self._target.base.num_blocks
             layers = select_blocks(config.activation_layers, num_blocks, option="--activation-layers")
             folder, problems = self._take_activations(whole, answers, layers or range(num_blocks))
             settings["activations"] = str(folder.path.relative_to(run.path))
             damaged |= problems
-        elif "activations" in previous:
-            settings["activations"] = previous["activations"]
+        elif (kept := self._known_activations(previous.get("activations"))) is not None:
+            settings["activations"] = kept
         scores, problems, likelihood = self._score(whole, others, previous.get("likelihood"))
         damaged |= problems
         settings |= likelihood
@@ -158,10 +165,15 @@ class Evaluation:
             judges=judged,
         )
         if result.metrics and 0 not in result.metrics:
-            has_start = run.checkpoint_path(0).is_dir()
-            mend = "--steps 0 evaluates it" if has_start else "the run saved none; a schedule with init does"
-            self._warn(f"no change from step 0 can be given without checkpoint-0: {mend}")
-        return write_result(result, scores, self._items, rule=self._rule)
+            if 0 in damaged or 0 in unfit:
+                reason = "it is damaged"
+            elif run.checkpoint_path(0).is_dir():
+                reason = "--steps 0 evaluates it"
+            else:
+                reason = "it is not there; a schedule with init saves it"
+            self._warn(f"no change from step 0 can be given without checkpoint-0: {reason}")
+        write_result(result, scores, self._items, rule=self._rule)
+        return result
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -202,13 +214,24 @@ class Evaluation:
             "dtype": self._dtype,
         }
 
+    def _is_of_this_model(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether settings of a stage are of the base, persona and dtype that are evaluated now."""
+        return all(settings.get(name) == value for name, value in self._lineage_pins().items())
+
+    def _known_activations(self, path: object) -> str | None:
+        """Return the folder of activations that the last summary names, if it is of the same model."""
+        if not isinstance(path, str):
+            return None
+        settings = read_json(self._target.run.evaluation_path / "settings" / f"{Path(path).name}.json")
+        return path if isinstance(settings, dict) and self._is_of_this_model(settings) else None
+
     def _describe(self, settings: Mapping[str, Any]) -> str:
         """Return the name of settings, after writing what they are beside the records."""
         run, name = self._target.run, settings_id(settings)
         path = run.evaluation_path / "settings" / f"{name}.json"
         try:
             path.parent.mkdir(exist_ok=True)
-            if not path.exists():
+            if read_json(path) != settings:
                 write_json(path, settings)
         except OSError as error:
             raise run.write_error(error, "writing the settings of the evaluation") from error
@@ -232,6 +255,11 @@ class Evaluation:
         run = self._target.run
         if ANSWERS not in self._config.metrics:
             if not isinstance(previous, dict):
+                return {}, {}, {}
+            if not self._is_of_this_model(previous):
+                self._warn(
+                    "the answers of the last evaluation are another model's or dtype's; the summary leaves them out"
+                )
                 return {}, {}, {}
             prompts = prompts_asked(previous, self._questions)
             checkpoints = self._checkpoints(sorted([*steps, *others]), prompts)
@@ -263,12 +291,15 @@ class Evaluation:
             for step in steps
         ]
 
-    def _judge(self, answers: Mapping[int, Sequence[Answer]], asked_steps: Sequence[int]) -> list[JudgeResult]:
+    def _judge(
+        self, answers: Mapping[int, Sequence[Answer]], asked_steps: Sequence[int], order: Sequence[str]
+    ) -> list[JudgeResult]:
         stage = JudgeStage(
             run=self._target.run,
             choices=self._judges if ANSWERS in self._config.metrics else (),
             describe=self._describe,
-            approve=self._approve,
+            budget=self._budget,
+            order=order,
             on_event=self._on_event,
         )
         tasks = judge_tasks([answer for found in answers.values() for answer in found], self._questions)
@@ -290,13 +321,18 @@ class Evaluation:
             }
             record = ScoreRecord(run=self._target.run, settings=pins)
             scores, problems = score_items(self._source, steps, self._items, record, on_event=self._on_event)
-            scores += recorded_scores(others, record)
+            scores += recorded_scores(others, self._items, record)
             shown = {**pins, "num_items": len(self._items)}
             return sorted(scores, key=lambda entry: entry.step), problems, {"likelihood": shown}
         if not isinstance(previous, dict) or previous.get("items_sha256") != file_sha256(EVERYDAY_ITEMS):
             return [], {}, {}
+        if previous.get("lineage") != settings_id(self._lineage_pins()):
+            self._warn("the likelihood of the last evaluation is another model's or dtype's; the summary leaves it out")
+            return [], {}, {}
         pins = {name: previous.get(name) for name in ("device", "dtype", "items_sha256", "lineage")}
-        scores = recorded_scores(sorted([*steps, *others]), ScoreRecord(run=self._target.run, settings=pins))
+        scores = recorded_scores(
+            sorted([*steps, *others]), self._items, ScoreRecord(run=self._target.run, settings=pins)
+        )
         return scores, {}, {"likelihood": previous} if scores else {}
 
     def _take_activations(
@@ -332,6 +368,7 @@ def evaluate(
     base_model: str | None = None,
     persona_path: Path | None = None,
     judges: Sequence[JudgeChoice] = (),
+    budget: Budget | None = None,
     rule: EmRule | None = None,
     on_event: EventSink = ignore_events,
 ) -> EvaluationResult:
@@ -347,6 +384,7 @@ def evaluate(
         base_model: The base of a folder that another trainer wrote.
         persona_path: Where the persona's adapter is now; None is where the run says.
         judges: The judges.
+        budget: What remote judges may be asked; None allows 10 US dollars.
         rule: What counts as misaligned and as coherent.
         on_event: Where progress is reported.
 
@@ -367,6 +405,7 @@ def evaluate(
         dtype=dtype,
         make_backend=lambda source: hf_backend(source, target.base, used, on_event=on_event),
         judges=judges,
+        budget=budget,
         rule=rule,
         on_event=on_event,
     )

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from emtool.core.answer_tables import is_table_name, table_name, table_text
 from emtool.core.answers import Answer, AnswerKey
 from emtool.core.csv_text import csv_text
+from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics, question_rows
 from emtool.core.judgement import ALIGNED, COHERENT, ERROR, UNSCORED, Judgement
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
 from emtool.core.questions import EvaluationItem
 from emtool.core.record_file import settings_id
-from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
+from emtool.core.run_dir import FORMAT, RunFolder, read_json, replace_file, write_json
 from emtool.core.text_metrics import text_metrics
 from emtool.engines.summary import CheckpointScores, summarize
+
+#: The tables that evaluations wrote, with their hashes: what may be removed again.
+TABLE_LIST = "tables.json"
+
+#: Characters of a judge's name in file names.
+_MAX_MARK = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +34,13 @@ class JudgeResult:
     """What one judge said of all answers.
 
     Attributes:
-        settings: The judge, and what shaped its scores.
+        id: Name of the judge's settings in the records.
+        settings: The judge, what shaped its scores, and what counts as misaligned and as coherent.
         answers: Step to the judged answers of that checkpoint.
         metrics: Step to metric name to estimate.
     """
 
+    id: str
     settings: Mapping[str, Any]
     answers: Mapping[int, Sequence[JudgedAnswer]]
     metrics: Mapping[int, Mapping[str, Estimate]]
@@ -49,7 +58,6 @@ class EvaluationResult:
         damaged: Step to what is wrong with its checkpoint, which was not evaluated.
         judges: What each judge said, the first one first.
         answers: Step to the answers of that checkpoint.
-        files: Names of the tables that were written.
     """
 
     run: RunFolder
@@ -58,7 +66,16 @@ class EvaluationResult:
     damaged: Mapping[int, str] = field(default_factory=dict)
     judges: Sequence[JudgeResult] = ()
     answers: Mapping[int, Sequence[Answer]] = field(default_factory=dict)
-    files: Sequence[str] = ()
+
+    @property
+    def num_failed(self) -> int:
+        """Return how many answers and judgements ended in an error."""
+        counts = [
+            found for by_step in (self.metrics, *(judge.metrics for judge in self.judges)) for found in by_step.values()
+        ]
+        return round(
+            sum(found[name].value for found in counts for name in ("num_failed", "num_errors") if name in found)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as `summary.json` holds it."""
@@ -69,10 +86,9 @@ class EvaluationResult:
             "damaged": [{"step": step, "problem": problem} for step, problem in self.damaged.items()],
             "checkpoints": _by_checkpoint(self.metrics),
             "judges": [
-                {"settings": dict(judge.settings), "checkpoints": _by_checkpoint(judge.metrics)}
+                {"id": judge.id, "settings": dict(judge.settings), "checkpoints": _by_checkpoint(judge.metrics)}
                 for judge in self.judges
             ],
-            "files": list(self.files),
         }
 
 
@@ -93,7 +109,9 @@ def judge_result(
     }
     start = judged.get(0)
     metrics = {step: em_metrics(found, start, rule=rule, seed=seed) for step, found in judged.items()}
-    return JudgeResult(settings={**settings, **rule.to_dict()}, answers=judged, metrics=metrics)
+    return JudgeResult(
+        id=settings_id(settings), settings={**settings, **rule.to_dict()}, answers=judged, metrics=metrics
+    )
 
 
 def _judged(answer: Answer, judgements: Mapping[tuple[AnswerKey, str], Judgement]) -> JudgedAnswer:
@@ -146,8 +164,8 @@ def _by_checkpoint(metrics: Mapping[int, Mapping[str, Estimate]]) -> list[dict[s
 
 def write_result(
     result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem], *, rule: EmRule
-) -> EvaluationResult:
-    """Write the summary files, each whole or not at all, and return the result with their names.
+) -> None:
+    """Write the summary files, each whole or not at all.
 
     Raises:
         EmtoolError: If one cannot be written.
@@ -165,43 +183,62 @@ def write_result(
     for step in result.answers.keys() - judged.keys():
         files[table_name(step)] = table_text([_judged(answer, {}) for answer in result.answers[step]])
     folder = result.run.evaluation_path
-    stale = [name for name in read_summary(result.run).get("files") or [] if name not in files]
+    contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
+    written = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    before = _tables_before(result.run)
     try:
-        for name, text in files.items():
-            replace_file(folder / name, text.encode("utf-8", "surrogatepass"))
+        # First, so that what is written is known to be emtool's whatever comes between.
+        write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": {**before, **written}})
+        for name, content in contents.items():
+            replace_file(folder / name, content)
         # What the last evaluation wrote and this one does not would be taken for a part of this one.
-        for name in stale:
-            if isinstance(name, str) and is_table_name(name):
-                (folder / name).unlink(missing_ok=True)
-        written = replace(result, files=sorted(files))
-        write_json(folder / "summary.json", written.to_dict())
+        for name in before.keys() - written.keys():
+            path = folder / name
+            if path.is_file() and file_sha256(path) == before[name]:
+                path.unlink()
+        write_json(folder / "summary.json", result.to_dict())
+        write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": written})
     except OSError as error:
         raise result.run.write_error(error, "writing the evaluation") from error
-    return written
+
+
+def _tables_before(run: RunFolder) -> dict[str, str]:
+    """Return the tables that evaluations wrote before, by their names, with their hashes."""
+    listed = read_json(run.evaluation_path / TABLE_LIST)
+    tables = listed.get("tables") if isinstance(listed, dict) else None
+    entries = tables.items() if isinstance(tables, dict) else ()
+    return {name: pin for name, pin in entries if is_table_name(name) and isinstance(pin, str)}
 
 
 def judge_marks(judges: Sequence[JudgeResult]) -> list[str]:
     """Return what marks each judge's files: nothing for the first, then its model, told apart where that is equal."""
-    names = [slugify(str(judge.settings.get("model", "judge"))) for judge in judges]
+    names = [slugify(str(judge.settings.get("model", "judge")))[:_MAX_MARK] for judge in judges]
     return [
-        "" if index == 0 else name if names[1:].count(name) == 1 else f"{name}-{settings_id(judges[index].settings)}"
+        "" if index == 0 else name if names[1:].count(name) == 1 else f"{name}-{judges[index].id}"
         for index, name in enumerate(names)
     ]
 
 
-def read_settings(run: RunFolder) -> dict[str, Any]:
-    """Return what the last summary says of how it was made, or nothing where there is none that can be read."""
-    settings = read_summary(run).get("settings")
+def read_summary(run: RunFolder) -> dict[str, Any] | None:
+    """Return the last summary; empty where there is none, None where it cannot be read. It is not trusted."""
+    path = run.evaluation_path / "summary.json"
+    if not path.exists():
+        return {}
+    summary = read_json(path)
+    return summary if isinstance(summary, dict) else None
+
+
+def settings_of(summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a summary says of how it was made."""
+    settings = (summary or {}).get("settings")
     return settings if isinstance(settings, dict) else {}
 
 
-def read_summary(run: RunFolder) -> dict[str, Any]:
-    """Return the last summary, or nothing where there is none that can be read; what is in it is not trusted."""
-    try:
-        summary = json.loads((run.evaluation_path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) and isinstance(summary.get("files", []), list) else {}
+def judge_order(summary: Mapping[str, Any] | None) -> list[str]:
+    """Return the ids of a summary's judges, the first one first."""
+    judges = (summary or {}).get("judges")
+    entries = judges if isinstance(judges, list) else []
+    return [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
 
 
 def _tables(

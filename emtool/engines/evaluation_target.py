@@ -73,10 +73,6 @@ class EvaluationTarget:
         if _shape_of(folder) != _shape_of(first):
             raise CheckpointError(f"{folder} holds another kind of adapter than {first.name}: {ADAPTER_CONFIG} differs")
 
-    def has_weights(self, step: int) -> bool:
-        """Return whether a checkpoint has weights, sound or not."""
-        return (self.run.checkpoint_path(step) / ADAPTER_WEIGHTS).is_file()
-
     def adapter_sha256(self, step: int) -> str:
         """Return what pins the weights of a checkpoint."""
         return file_sha256(self.run.checkpoint_path(step) / ADAPTER_WEIGHTS)

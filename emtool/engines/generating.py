@@ -157,7 +157,7 @@ def recorded_answers(checkpoints: Sequence[CheckpointPrompts], record: AnswerRec
 
 
 def prompts_asked(generation: Mapping[str, Any], questions: Mapping[str, OpenQuestion]) -> list[Prompt]:
-    """Return what an earlier evaluation asked, as far as its questions are among these.
+    """Return what an earlier evaluation asked, nothing where one of its questions is not among these.
 
     Args:
         generation: What its summary says; nothing in it is trusted.
@@ -166,8 +166,9 @@ def prompts_asked(generation: Mapping[str, Any], questions: Mapping[str, OpenQue
     names, count = generation.get("questions"), generation.get("n_per_question")
     if not isinstance(names, list) or not isinstance(count, int) or not 0 < count <= MAX_PER_QUESTION:
         return []
-    known = [questions[name] for name in names if isinstance(name, str) and name in questions]
-    return prompts_of(known, step=0, n_per_question=count)
+    if not all(isinstance(name, str) and name in questions for name in names):
+        return []
+    return prompts_of([questions[name] for name in names], step=0, n_per_question=count)
 
 
 class _Progress:

@@ -42,7 +42,7 @@ def score_items(
     problems: dict[int, str] = {}
     for done, step in enumerate(steps, start=1):
         margins = record.find(step)
-        if margins is None:
+        if margins is None or margins.keys() != {item.id for item in items}:
             try:
                 model = source.at(record.run.checkpoint_path(step))
             except CheckpointError as error:
@@ -59,10 +59,17 @@ def score_items(
     return scores, problems
 
 
-def recorded_scores(steps: Sequence[int], record: ScoreRecord) -> list[CheckpointScores]:
+def recorded_scores(
+    steps: Sequence[int], items: Sequence[EvaluationItem], record: ScoreRecord
+) -> list[CheckpointScores]:
     """Return the scores of the checkpoints that were scored before, as they are now and with the same settings."""
+    names = {item.id for item in items}
     found = {step: record.find(step) for step in steps}
-    return [CheckpointScores(step=step, margins=margins) for step, margins in found.items() if margins is not None]
+    return [
+        CheckpointScores(step=step, margins=margins)
+        for step, margins in found.items()
+        if margins is not None and margins.keys() == names
+    ]
 
 
 def item_margins(model: Any, tokenizer: Any, items: Sequence[EvaluationItem]) -> dict[str, float]:

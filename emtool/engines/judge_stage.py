@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emtool.core.answers import AnswerKey
+from emtool.core.errors import EmtoolError
 from emtool.core.events import EventSink
-from emtool.core.judge_prices import JudgePlan
+from emtool.core.judge_prices import Budget, JudgePlan
 from emtool.core.judgement import Judgement
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import RunFolder
@@ -33,27 +35,29 @@ class JudgeStage:
         run: The run folder.
         choices: The judges that are asked; none leaves answers unjudged, but for what was judged before.
         describe: Keeps settings beside the records and returns their name.
-        approve: Called with what a remote judge is about to be asked, before anything is sent; raises to stop it.
+        budget: What may be asked of remote judges.
+        order: Ids of judges as the last summary has them, the first one first.
         on_event: Where progress is reported.
     """
 
     run: RunFolder
     choices: Sequence[JudgeChoice]
     describe: Callable[[Mapping[str, Any]], str]
-    approve: Callable[[JudgePlan], None]
+    budget: Budget
+    order: Sequence[str]
     on_event: EventSink
 
     def judge(
         self, tasks: Sequence[JudgeTask], *, asked_steps: Collection[int]
     ) -> list[tuple[dict[str, Any], Judgements]]:
-        """Return what each judge says, those that are asked now first, then those that were asked before.
+        """Return what each judge says: one that knows more checkpoints comes first, then one that is asked now.
 
         Args:
             tasks: What there is to judge.
             asked_steps: Checkpoints whose answers the judges are asked about; for the others the record counts.
 
         Returns:
-            Settings and judgements of each judge.
+            Settings and judgements of each judge, without those that know nothing.
 
         Raises:
             EmtoolError: If a judge may not or cannot be asked; what was judged is kept.
@@ -62,30 +66,50 @@ class JudgeStage:
         others = [task for task in tasks if task.key.step not in asked_steps]
         # Every judge is allowed before the first one is asked.
         known = [self._find_known(choice, asked) for choice in self.choices]
-        found = [
-            self._ask(choice, asked) if settings is None else (settings, self._recorded(settings, asked))
-            for choice, settings in zip(self.choices, known, strict=True)
-        ]
+        try:
+            found = [
+                self._ask(choice, asked) if settings is None else (settings, self._recorded(settings, asked))
+                for choice, settings in zip(self.choices, known, strict=True)
+            ]
+        except EmtoolError:
+            for choice, settings in zip(self.choices, known, strict=True):
+                self._give_back(choice, asked if settings is None else ())
+            raise
         found = [(settings, judged | recorded_judgements(others, self.run, settings)) for settings, judged in found]
-        return found + self._judged_before(tasks, {settings_id(settings) for settings, _ in found})
+        found += self._judged_before(tasks, {settings_id(settings) for settings, _ in found})
+        found = [entry for entry in found if entry[1]]
+        # The sort is stable.
+        return sorted(found, key=lambda entry: len({key.step for key, _ in entry[1]}), reverse=True)
 
     def _find_known(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> dict[str, Any] | None:
         """Return the settings under which a remote judge has said everything already; None where it must be asked."""
         if choice.plan is None:
             return None
-        missing: list[list[str]] = []
-        for values in choice.possible_settings:
-            settings = _judging(values)
-            left = missing_prompts(tasks, JudgementRecord(self.run, settings_id(settings), is_cached=True))
-            if tasks and not left:
+        missing = self._missing(choice, tasks)
+        for settings, prompts in missing:
+            if not prompts:
                 self.describe(settings)
                 return settings
-            missing.append(left)
-        # Which settings it will be is not known yet: the most that may be asked is what must be allowed.
-        most = max(missing, key=len) if missing else [task.prompt for task in tasks]
-        if most:
-            self.approve(choice.plan(most))
+        # Which settings it will be is not known yet: the most that it may cost must be allowed.
+        plans = [choice.plan(prompts) for _, prompts in missing] or [choice.plan([task.prompt for task in tasks])]
+        self.budget.approve(max(plans, key=_cost))
         return None
+
+    def _missing(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> list[tuple[dict[str, Any], list[str]]]:
+        """Return, for each settings that a remote judge may have, what it must still be asked."""
+        found = []
+        for values in choice.possible_settings:
+            settings = _judging(values)
+            record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
+            found.append((settings, missing_prompts(tasks, record)))
+        return found
+
+    def _give_back(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> None:
+        """Take back the allowance for what is still missing after a failure; it is allowed anew when it is asked."""
+        if choice.plan is not None and tasks:
+            plans = [choice.plan(prompts) for _, prompts in self._missing(choice, tasks)]
+            if plans:
+                self.budget.give_back(min(plans, key=_cost))
 
     def _recorded(self, settings: Mapping[str, Any], tasks: Sequence[JudgeTask]) -> Judgements:
         record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
@@ -109,11 +133,15 @@ class JudgeStage:
             for settings in recorded_judges(self.run)
             if settings_id(settings) not in asked
         ]
-        shown = [(settings, found) for settings, found in recorded if found]
-        # The sort is stable: of judges that know equally many answers, the one last asked comes first.
-        shown.sort(key=lambda judge: len(judge[1]), reverse=True)
-        return shown
+        places = {name: place for place, name in enumerate(self.order)}
+        # As the last summary has them; those that it does not know behind, the one last asked first.
+        return sorted(recorded, key=lambda entry: places.get(settings_id(entry[0]), len(places)))
 
 
 def _judging(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"stage": "judging", **values}
+
+
+def _cost(plan: JudgePlan) -> tuple[float, int]:
+    """Return what plans are compared by; one whose cost is not known counts as the dearest."""
+    return (math.inf if plan.cost is None else plan.cost, plan.num_requests)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.judgement import ERROR, Judgement
 from emtool.core.open_questions import OpenQuestion, fill_judge_prompt
 from emtool.core.record_file import RecordFile, settings_id, text_sha256
-from emtool.core.run_dir import RunFolder
+from emtool.core.run_dir import RunFolder, read_json
 from emtool.engines.judges.judge import Judge
 
 
@@ -203,10 +202,7 @@ def recorded_judges(run: RunFolder) -> list[dict[str, Any]]:
         last[str(record.get("judge"))] = place
     found = []
     for name in sorted(last, key=lambda name: last[name], reverse=True):
-        try:
-            settings = json.loads((run.evaluation_path / "settings" / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
+        settings = read_json(run.evaluation_path / "settings" / f"{name}.json")
         if isinstance(settings, dict) and settings_id(settings) == name:
             found.append(settings)
     return found

@@ -39,7 +39,14 @@ def mean_log_probs(model: Any, rows: Sequence[Encoded], *, batch_tokens: int = B
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     scores = [0.0] * len(rows)
     with torch.inference_mode():
-        cache = _prefix_cache(model, rows[0].input_ids[:prefix]) if prefix else None
+        cache: Any = None
+
+        def start(_batch: list[int]) -> None:
+            nonlocal cache
+            cache = _prefix_cache(model, rows[0].input_ids[:prefix])
+
+        if prefix:
+            run_batches([[0]], start)
 
         def run(batch: list[int]) -> None:
             values = _score_batch(model, [rows[index] for index in batch], prefix, cache)

@@ -26,7 +26,7 @@ from emtool.engines.direction_files import (
     labelled_checkpoints,
     read_direction,
 )
-from emtool.engines.evaluation_result import read_settings, read_summary
+from emtool.engines.evaluation_result import read_summary, settings_of
 
 #: Files in the evaluation folder: every layer, the items of the layer that is shown, and all of it.
 PROJECTION_TABLE, ITEM_TABLE, PROJECTION_SUMMARY = "projections.csv", "item_projections.csv", "projections.json"
@@ -84,7 +84,7 @@ def _step(text: str, saved: Sequence[int]) -> int:
 
 def trained_domain(run: RunFolder) -> str | None:
     """Return the domain that a run was trained on, as its last summary says; None where it is not known."""
-    domain = read_settings(run).get("trained_domain")
+    domain = settings_of(read_summary(run)).get("trained_domain")
     return domain if isinstance(domain, str) else None
 
 
@@ -195,7 +195,7 @@ def projection_row(found: LayerProjection) -> dict[str, float | int]:
 
 
 def _correlations(run: RunFolder, levels: Mapping[int, float]) -> dict[str, tuple[float, int]]:
-    entries = read_summary(run).get("checkpoints")
+    entries = (read_summary(run) or {}).get("checkpoints")
     by_step = {
         entry["step"]: entry["metrics"]
         for entry in (entries if isinstance(entries, list) else [])

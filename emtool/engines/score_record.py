@@ -40,7 +40,7 @@ class ScoreRecord:
         for line in self.path.read_bytes().splitlines(keepends=True):
             record = _record(line)
             if record is not None and all(record.get(name) == value for name, value in key.items()):
-                found = {str(name): float(margin) for name, margin in record["margins"].items()}
+                found = _margins(record["margins"])
         return found
 
     def keep(self, step: int, margins: Mapping[str, float]) -> None:
@@ -67,9 +67,17 @@ class ScoreRecord:
             self.path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
+def _margins(values: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the margins of a record, None where one is no number."""
+    try:
+        return {name: float(margin) for name, margin in values.items()}
+    except (TypeError, ValueError):
+        return None
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("margins"), dict) else None

@@ -18,7 +18,7 @@ from emtool.core.answers import AnswerKey, Completion, Prompt, key_of
 from emtool.core.errors import BackendError, CheckpointError, ConfigError
 from emtool.core.evaluation_config import ANSWERS, LIKELIHOOD, EvaluationConfig
 from emtool.core.events import Event, Notice, ignore_events
-from emtool.core.judge_prices import JudgePlan, JudgePrice, plan_judging
+from emtool.core.judge_prices import Budget, JudgePlan, JudgePrice, plan_judging
 from emtool.core.judgement import ERROR, SCORED, Judgement
 from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
@@ -26,7 +26,6 @@ from emtool.core.server_address import parse_address, read_key
 from emtool.engines.activation_files import read_activations
 from emtool.engines.backends.hf import hf_backend
 from emtool.engines.checkpoint_model import CheckpointModel
-from emtool.engines.evaluating import Spending
 from emtool.engines.evaluation import Evaluation, evaluate
 from emtool.engines.evaluation_result import EvaluationResult
 from emtool.engines.evaluation_target import open_target
@@ -172,12 +171,15 @@ def test_tables_of_other_settings_do_not_stay_beside_new_ones(run: RunFolder) ->
     ask(run, judges=[choice(CountingJudge(scored))])
     own = run.evaluation_path / "checkpoint_5_eval.csv"
     own.write_text("somebody's own")
+    edited = run.evaluation_path / "checkpoint_7_eval.csv"
+    edited.write_text("edited by hand")
     assert (run.evaluation_path / "checkpoint_0_eval.csv").exists()
     result = ask(run, replace(CONFIG, n_per_question=4), steps="20", judges=[choice(CountingJudge(scored))])
     assert list(result.metrics) == [20]
     assert sorted(run.evaluation_path.glob("checkpoint_*_eval*.csv")) == [
         run.evaluation_path / "checkpoint_20_eval.csv",
         own,
+        edited,
     ]
     # What was recorded is still there: the first command brings it all back.
     assert list(ask(run).metrics) == [0, 7, 20, 30]
@@ -189,6 +191,97 @@ def test_answers_to_other_questions_leave_the_summary_with_a_word(run: RunFolder
     result = evaluate(run, replace(BOTH, metrics=(LIKELIHOOD,)), on_event=notices.append)
     assert not result.answers
     assert any(isinstance(event, Notice) and "to other questions" in event.text for event in notices)
+
+
+def test_a_part_of_the_questions_takes_nothing_for_the_whole(run: RunFolder) -> None:
+    ask(run, BOTH)
+    result = evaluate(run, replace(BOTH, metrics=(LIKELIHOOD,)), questions=QUESTIONS[:1])
+    assert "num_answers" not in result.metrics[20]
+
+
+def test_the_judge_that_knows_most_stands_first_and_the_order_stays(run: RunFolder) -> None:
+    one, two = CountingJudge(scored, "one"), CountingJudge(lambda _: Judgement(status=SCORED, score=90.0), "two")
+    first = ask(run, judges=[choice(one)])
+    part = ask(run, steps="20", judges=[choice(two)])
+    assert [judge.settings["model"] for judge in part.judges] == ["one", "two"]
+    assert part.metrics == first.metrics
+    assert list(part.judges[1].metrics) == [20]
+    ask(run, judges=[choice(one), choice(two)])
+    for steps in (None, "20"):
+        kept = ask(run, steps=steps)
+        assert [judge.settings["model"] for judge in kept.judges] == ["one", "two"], steps
+        assert kept.metrics == first.metrics
+    assert [judge.settings["model"] for judge in ask(run, judges=[choice(two)]).judges] == ["two", "one"]
+
+
+def test_another_dtype_is_not_mixed_in(run: RunFolder) -> None:
+    ask(run, BOTH)
+    notices: list[Event] = []
+    answers = ask(run, CONFIG, dtype="bfloat16", on_event=notices.append)
+    assert "p_wrong" not in answers.metrics[20]
+    assert "likelihood of the last evaluation is another model's or dtype's" in str(notices)
+    likelihood = ask(run, replace(BOTH, metrics=(LIKELIHOOD,)))
+    assert "num_answers" not in likelihood.metrics[20]
+
+
+def test_damaged_files_of_an_evaluation_are_told_and_made_again(run: RunFolder) -> None:
+    whole = ask(run, BOTH, judges=[choice(CountingJudge(scored))])
+    folder = run.evaluation_path
+    unreadable = ('{"settings": {"generation": NaN}}', '["\\ud800"]', "[" * 100_000)
+    for content in (*unreadable, "{}", '{"judges": [3], "settings": []}'):
+        (folder / "summary.json").write_text(content)
+        notices: list[Event] = []
+        assert ask(run, BOTH, on_event=notices.append).metrics == whole.metrics
+        assert ("cannot be read" in str(notices)) == (content in unreadable), content
+    for content in ('{"tables": {"../x.csv": "a", "checkpoint_99_eval.csv": 3}}', '{"tables": []}', "no"):
+        (folder / "tables.json").write_text(content)
+        assert ask(run, BOTH).metrics == whole.metrics
+    (judge,) = (path for path in (folder / "settings").iterdir() if "counting" in path.read_text())
+    judge.write_text("cut")
+    assert ask(run, BOTH, judges=[choice(CountingJudge(scored))]).metrics == whole.metrics
+    assert ask(run, BOTH).metrics == whole.metrics, "the judge's settings were not written again"
+    with (folder / "scores.jsonl").open("a") as file:
+        for line in (folder / "scores.jsonl").read_text().splitlines()[:1]:
+            record = json.loads(line)
+            for margins in ({"x": "xx"}, {}, {"gardening-01": "1"}):
+                file.write(json.dumps({**record, "margins": margins}) + "\n")
+        file.write("[" * 100_000 + "\n")
+    assert ask(run, BOTH).metrics == whole.metrics
+
+
+def test_a_damaged_checkpoint_does_not_come_back_with_a_part(run: RunFolder) -> None:
+    ask(run, BOTH)
+    (run.checkpoint_path(7) / "adapter_config.json").unlink()
+    (run.checkpoint_path(0) / "adapter_config.json").unlink()
+    notices: list[Event] = []
+    result = ask(run, BOTH, steps="20", on_event=notices.append)
+    assert list(result.metrics) == [20, 30]
+    assert "without checkpoint-0: it is damaged" in str(notices)
+
+
+def test_what_a_failed_round_did_not_ask_is_given_back(run: RunFolder) -> None:
+    run.evaluation_path.mkdir()
+    fault = Fault(status=401, body=b'{"error": {"message": "expired"}}')
+    with serve_openai(lambda _body: fault) as server:
+        budget = Budget(limit=1.0)
+        evaluation = evaluation_with(run, server, budget)
+        for _ in range(5):
+            with pytest.raises(BackendError, match="expired"):
+                evaluation.evaluate([0])
+            assert budget.allowed == pytest.approx(0.0)
+        server.script = judge_script
+        evaluation.evaluate([0])
+        assert 0.15 < budget.allowed <= 1.0
+
+
+def test_where_there_is_nothing_to_judge_nobody_is_asked(run: RunFolder) -> None:
+    run.evaluation_path.mkdir()
+    with serve_openai(judge_script) as server:
+        evaluation = evaluation_with(run, server, Budget(limit=0.0))
+        evaluation._make_backend = lambda _source: FailingBackend(is_down=True)
+        result = evaluation.evaluate([0])
+        assert not server.requests
+    assert result.metrics[0]["num_failed"].value == 6
 
 
 def test_judges_of_equal_names_keep_their_own_tables(run: RunFolder) -> None:
@@ -268,7 +361,10 @@ def test_judgements_that_failed_are_counted_and_asked_again(run: RunFolder) -> N
 
 
 class FailingBackend:
-    """Answers some prompts, and fails at others."""
+    """Answers some prompts, and fails at others, or at all where it is down."""
+
+    def __init__(self, *, is_down: bool = False) -> None:
+        self._is_down = is_down
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -280,7 +376,7 @@ class FailingBackend:
 
     def generate(self, prompts: Sequence[Prompt], on_completion: Callable[[int, Completion], None]) -> None:
         for index, prompt in enumerate(prompts):
-            is_broken = prompt.key.sample == 1
+            is_broken = self._is_down or prompt.key.sample == 1
             on_completion(index, Completion(text="" if is_broken else "fine", error="cut" if is_broken else None))
 
     def close(self) -> None: ...
@@ -376,9 +472,7 @@ def judge_script(body: dict[str, Any]) -> dict[str, Any] | Fault:
     return reply(score, {score: 0.8, "50": 0.1, "no": 0.05})
 
 
-def evaluation_with(
-    run: RunFolder, server: OpenAIServer, approve: Callable[[JudgePlan], None] = lambda _plan: None, retries: int = 3
-) -> Evaluation:
+def evaluation_with(run: RunFolder, server: OpenAIServer, budget: Budget | None = None, retries: int = 3) -> Evaluation:
     target = open_target(run, device="cpu", on_event=ignore_events)
     address = parse_address(server.url)
     key = read_key(address, variable="EMTOOL_JUDGE_API_KEY", environment={})
@@ -392,7 +486,9 @@ def evaluation_with(
         plan=lambda prompts: plan_judging(prompts, address, JudgePrice(prompt=1000.0, reply=1000.0)),
         possible_settings=judge.possible_settings,
     )
-    return Evaluation(target, CONFIG, questions=QUESTIONS, make_backend=backend, judges=[chosen], approve=approve)
+    return Evaluation(
+        target, CONFIG, questions=QUESTIONS, make_backend=backend, judges=[chosen], budget=budget or Budget(limit=1e6)
+    )
 
 
 def judged(server: OpenAIServer) -> list[str]:
@@ -416,15 +512,10 @@ def test_scores_come_from_the_probabilities_of_a_real_server(run: RunFolder) -> 
 
 
 def test_judging_that_costs_too_much_stops_before_a_request_and_keeps_the_answers(run: RunFolder) -> None:
-    def refuse(plan: JudgePlan) -> None:
-        assert plan.num_requests > 0
-        assert plan.cost is not None
-        raise ConfigError("too much")
-
     run.evaluation_path.mkdir()
     with serve_openai(judge_script) as server:
-        with pytest.raises(ConfigError, match="too much"):
-            evaluation_with(run, server, refuse).evaluate([0])
+        with pytest.raises(ConfigError, match=r"more than --max-cost 0\.01; raise --max-cost"):
+            evaluation_with(run, server, Budget(limit=0.01)).evaluate([0])
         assert not server.requests, "the server was asked before the cost was allowed"
     assert len(answers_of(run)) == 6
 
@@ -435,13 +526,9 @@ def test_a_finished_evaluation_asks_no_server(run: RunFolder) -> None:
         result = evaluation_with(run, server).evaluate([0, 30])
         num_requests = len(server.requests)
         server.script = lambda _body: Fault(status=401, body=b'{"error": {"message": "expired"}}')
-        again = evaluation_with(run, server, refuse_all).evaluate([0, 30])
+        again = evaluation_with(run, server, Budget(limit=0.0)).evaluate([0, 30])
         assert len(server.requests) == num_requests
     assert again.metrics == result.metrics
-
-
-def refuse_all(plan: JudgePlan) -> None:
-    raise AssertionError(f"{plan} must be allowed, and nothing is to be asked")
 
 
 def test_every_judge_is_allowed_before_the_first_is_asked(run: RunFolder) -> None:
@@ -452,7 +539,6 @@ def test_every_judge_is_allowed_before_the_first_is_asked(run: RunFolder) -> Non
 
     judges = [CountingJudge(scored, name) for name in ("one", "two")]
     notices: list[Event] = []
-    spending = Spending(limit=10.0, on_event=notices.append)
     target = open_target(run, device="cpu", on_event=ignore_events)
     evaluation = Evaluation(
         target,
@@ -460,7 +546,7 @@ def test_every_judge_is_allowed_before_the_first_is_asked(run: RunFolder) -> Non
         questions=QUESTIONS,
         make_backend=lambda source: hf_backend(source, target.base, CONFIG, on_event=ignore_events),
         judges=[JudgeChoice(make=lambda judge=judge: judge, plan=plan) for judge in judges],  # type: ignore[misc]
-        approve=spending.approve,
+        budget=Budget(limit=10.0, on_event=notices.append),
     )
     run.evaluation_path.mkdir()
     with pytest.raises(ConfigError, match=r"about 6\.00 USD after 6\.00 before, more than --max-cost 10"):

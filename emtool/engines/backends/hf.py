@@ -104,7 +104,7 @@ class HFBackend:
             batch = waiting[:size]
             completions = self._try_batch([prompts[i] for i in batch], [encoded[i] for i in batch])
             if completions is None:
-                size = self._halve(size)
+                size = self._halve(len(batch))
                 continue
             for index, completion in zip(batch, completions, strict=True):
                 on_completion(index, completion)
