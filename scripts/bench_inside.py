@@ -88,9 +88,10 @@ def movement(root: Path) -> None:
         return found
 
     AdapterMovement.measure = timed  # type: ignore[method-assign]
-    for name, overrides in (("the demo's", {}), ("78 million parameters", LARGE)):
+    large = {**LARGE, "gradient_accumulation_steps": 8, "max_steps": 4}
+    for name, overrides in (("the demo's", {"max_steps": 25}), ("78 million parameters, batch 2 x 8", large)):
         spent.clear()
-        measured = Measured(root / name, **overrides, checkpoints="final", max_steps=25, held_out_fraction=0.0)
+        measured = Measured(root / name, **overrides, checkpoints="final", held_out_fraction=0.0)
         seconds = measured.train()
         print(
             f"movement, adapter: {name}: {1000 * sum(spent) / len(spent):.1f} ms of a step of "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,16 @@ from typing import Any
 import torch
 
 from emtool.core.errors import CheckpointError, ConfigError
-from emtool.core.integrity import ADAPTER_WEIGHTS
-from emtool.core.plain_lora import check_plain, read_lora_config
-from emtool.engines.composing import scale_of
+from emtool.engines.layer_geometry import Buffers, LayerGeometry, layer_geometry
+from emtool.engines.lora_factors import LoraFile, read_factors
 
-# Shape suffixes: T checkpoints, R rank, P ranks of all checkpoints together, I inputs of a layer, O outputs of a layer,
-# C components.
+# Shape suffixes: T checkpoints, C components.
 
 #: All pairs of checkpoints are compared; more would take hours, and say no more.
 MAX_CHECKPOINTS = 256
 
 #: Principal components of the trajectory that are kept.
 NUM_COMPONENTS = 3
-
-#: Parts in which inner products are computed, of which the lower triangle is left out.
-_BLOCKS = 5
-
-#: Layers whose factors are held at a time, of all checkpoints.
-_CHUNK = 8
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,31 +91,6 @@ class AdapterGeometry:
     layer_speeds: Mapping[str, Mapping[int, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """What one layer adds to the whole.
-
-    Attributes:
-        gram_TT: Inner products of its updates, float64.
-        a_T: Squared norms of the factors A.
-        b_T: Squared norms of the factors B.
-        noise_T: Expected square of what rounding changed.
-        rank_T: Effective rank; NaN where the update is 0.
-        final_T: Mean principal angle to the last checkpoint; NaN where one is 0.
-        previous_T: The same to the one before; NaN for the first.
-        inside_T: Square of the part of the update within the column space of the last one.
-    """
-
-    gram_TT: torch.Tensor
-    a_T: torch.Tensor
-    b_T: torch.Tensor
-    noise_T: torch.Tensor
-    rank_T: torch.Tensor
-    final_T: torch.Tensor
-    previous_T: torch.Tensor
-    inside_T: torch.Tensor
-
-
 def adapter_geometry(folders: Mapping[int, Path]) -> AdapterGeometry:
     """Return the geometry of an adapter's checkpoints. No model is loaded, and no full matrix is built.
 
@@ -145,245 +110,18 @@ def adapter_geometry(folders: Mapping[int, Path]) -> AdapterGeometry:
             f"geometry needs 2 to {MAX_CHECKPOINTS} checkpoints, and there are {len(folders)}; choose some with --steps"
         )
     steps = sorted(folders)
-    files = [_AdapterFile(folders[step]) for step in steps]
+    files = [LoraFile(folders[step]) for step in steps]
     names = files[0].layers
     for file in files[1:]:
         if file.layers != names:
             raise CheckpointError(f"{file.path.parent} holds other layers than {files[0].path.parent}")
-    buffers = _Buffers()
-    layers = {name: _layer_geometry(name, factors, buffers) for name, factors in _factors(files, names)}
+    buffers = Buffers()
+    layers = {name: layer_geometry(name, factors, buffers) for name, factors in read_factors(files, names)}
     storage = sorted({dtype for file in files for dtype in file.dtypes})
     return _collect(steps, layers, storage)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Factors:
-    """The factors of one layer at one checkpoint.
-
-    Attributes:
-        a_RI: In the dtype of the file.
-        b_OR: The same, without the scale.
-        scale: The factor of the update B A.
-        noise_a_R: Expected square of the rounding errors in each row of A.
-        noise_b_R: The same for each column of B.
-    """
-
-    a_RI: torch.Tensor
-    b_OR: torch.Tensor
-    scale: float
-    noise_a_R: torch.Tensor
-    noise_b_R: torch.Tensor
-
-
-class _AdapterFile:
-    """An adapter's tensors, read layer by layer.
-
-    Args:
-        folder: A PEFT folder.
-
-    Raises:
-        ModelError: If it is no plain LoRA adapter.
-        CheckpointError: If it cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from peft import LoraConfig
-
-        check_plain(folder, read_lora_config(folder))
-        self.path = folder / ADAPTER_WEIGHTS
-        try:
-            self._config = LoraConfig.from_pretrained(str(folder))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"cannot read {folder}: {error}") from error
-        with self._open() as file:
-            tensors = set(file.keys())
-            self.layers = sorted(name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
-            self.dtypes = {str(file.get_slice(name).get_dtype()) for name in tensors}
-        if odd := sorted(tensors ^ {f"{layer}.lora_{part}.weight" for layer in self.layers for part in "AB"}):
-            raise CheckpointError(f"{self.path} has tensors that are not LoRA pairs, for instance {odd[0]}")
-
-    def read(self, layers: Sequence[str]) -> list[_Factors]:
-        """Return the factors of some layers; the file is closed again, so that its pages need not stay."""
-        with self._open() as file:
-            return [self._factors(file, layer) for layer in layers]
-
-    def _factors(self, file: Any, layer: str) -> _Factors:
-        a_RI, b_OR = (file.get_tensor(f"{layer}.lora_{part}.weight") for part in "AB")
-        if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
-            raise CheckpointError(f"{self.path}: the factors of {layer} do not belong together")
-        scale = scale_of(self._config, layer.removeprefix(_PREFIX), rank=a_RI.shape[0])
-        return _Factors(
-            a_RI=a_RI,
-            b_OR=b_OR,
-            scale=scale,
-            noise_a_R=_rounding_noise(a_RI, dim=1),
-            noise_b_R=_rounding_noise(b_OR, dim=0),
-        )
-
-    def _open(self) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            return safe_open(self.path, "pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {self.path}: {error}; the adapter is damaged or incomplete") from error
-
-
-def _factors(files: Sequence[_AdapterFile], layers: Sequence[str]) -> Iterator[tuple[str, list[_Factors]]]:
-    """Yield each layer with its factors at every checkpoint, reading a few layers at a time."""
-    for begin in range(0, len(layers), _CHUNK):
-        chunk = layers[begin : begin + _CHUNK]
-        by_file = [file.read(chunk) for file in files]
-        for place, layer in enumerate(chunk):
-            yield layer.removeprefix(_PREFIX), [factors[place] for factors in by_file]
-
-
-#: For each dtype of a file, an integer of its size and the bits of the exponent.
-_EXPONENTS = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-}
-
-
-def _rounding_noise(values: torch.Tensor, *, dim: int) -> torch.Tensor:
-    """Return the expected square of the rounding errors of a tensor's numbers, summed along a dimension, float64.
-
-    An error is taken as uniform within the unit in the last place, which is eps times the power of two below a number:
-    what its bits show where only the exponent is left.
-    """
-    integer, mask = _EXPONENTS[values.dtype]
-    powers = (values.view(integer) & mask).view(values.dtype)
-    return powers.float().square().sum(dim=dim, dtype=torch.float64) * torch.finfo(values.dtype).eps ** 2 / 12
-
-
-class _Buffers:
-    """Memory that layers of equal shape share: fresh memory costs more than what is done in it."""
-
-    def __init__(self) -> None:
-        self._by_shape: dict[tuple[int, int], torch.Tensor] = {}
-
-    def inner_products(self, parts: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
-        """Return the inner products between all rows of some matrices, each matrix times its scale, in float64."""
-        shape = (sum(len(part) for part in parts), parts[0].shape[1])
-        if shape not in self._by_shape:
-            self._by_shape[shape] = torch.empty(shape, dtype=torch.float64)
-        rows = self._by_shape[shape]
-        for place, part, scale in zip(rows.split([len(part) for part in parts]), parts, scales, strict=True):
-            place.copy_(part).mul_(scale)
-        products = torch.empty(shape[0], shape[0], dtype=torch.float64)
-        # The other half is the same.
-        size = -(-shape[0] // _BLOCKS)
-        for begin in range(0, shape[0], size):
-            products[begin : begin + size, begin:] = rows[begin : begin + size] @ rows[begin:].T
-        return products.triu() + products.triu(1).T
-
-
-def _layer_geometry(name: str, factors: Sequence[_Factors], buffers: _Buffers) -> _Layer:
-    """Return what one layer adds, from the inner products of its factors' rows and columns."""
-    ranks = [one.a_RI.shape[0] for one in factors]
-    a_PP = buffers.inner_products([one.a_RI for one in factors], [1.0] * len(factors))
-    b_PP = buffers.inner_products([one.b_OR.T for one in factors], [one.scale for one in factors])
-    is_of_TP = torch.eye(len(ranks), dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)
-    if not (a_PP.diagonal().isfinite().all() and b_PP.diagonal().isfinite().all()):
-        raise CheckpointError(f"the factors of layer {name} are not finite at every checkpoint; see: emtool verify")
-    products = _Products(
-        a=[list(row.split(ranks, dim=1)) for row in a_PP.split(ranks)],
-        b=[list(row.split(ranks, dim=1)) for row in b_PP.split(ranks)],
-    )
-    spaces = [_column_space(products.b[index][index], products.a[index][index]) for index in range(len(ranks))]
-    last = len(ranks) - 1
-    angles = [_mean_angle(products, spaces, index, last) for index in range(len(ranks))]
-    steps = [_mean_angle(products, spaces, index, index - 1) for index in range(1, len(ranks))]
-    return _Layer(
-        gram_TT=is_of_TP @ (a_PP * b_PP) @ is_of_TP.T,
-        a_T=is_of_TP @ a_PP.diagonal(),
-        b_T=is_of_TP @ b_PP.diagonal() / _tensor(one.scale**2 for one in factors),
-        noise_T=_tensor(_product_noise(one, products, index) for index, one in enumerate(factors)),
-        rank_T=_tensor(space.effective_rank for space in spaces),
-        final_T=_tensor(angles),
-        previous_T=_tensor([math.nan, *steps]),
-        inside_T=_tensor(_square_within(products, spaces[last], index, last) for index in range(len(ranks))),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Products:
-    """Inner products between the factors of a layer at two checkpoints, by their indices.
-
-    Attributes:
-        a: A_i A_j', shape (R, R) each.
-        b: B_i' B_j, scales folded in.
-    """
-
-    a: Sequence[Sequence[torch.Tensor]]
-    b: Sequence[Sequence[torch.Tensor]]
-
-
-def _product_noise(one: _Factors, products: _Products, index: int) -> float:
-    """Return the expected square of what the rounding of its factors changes in an update."""
-    a_R = products.a[index][index].diagonal()
-    b_R = products.b[index][index].diagonal()
-    noise_b_R = one.noise_b_R * one.scale**2
-    return float((noise_b_R * a_R + b_R * one.noise_a_R + noise_b_R * one.noise_a_R).sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ColumnSpace:
-    """The column space of an update B A.
-
-    Attributes:
-        basis_RC: B times it is an orthonormal basis; no columns where the update is 0.
-        effective_rank: Exponential of the entropy of the squared singular values' shares; NaN where the update is 0.
-    """
-
-    basis_RC: torch.Tensor
-    effective_rank: float
-
-
-#: Squared singular values below this share of the largest are rounding.
-_TOLERANCE = 1e-13
-
-
-def _column_space(b_RR: torch.Tensor, a_RR: torch.Tensor) -> _ColumnSpace:
-    """Return the column space of B A from B'B and A A', by two decompositions of the size of the rank."""
-    squares_C, vectors_RC = _positive_part(b_RR)
-    half_RC = vectors_RC * squares_C.sqrt()
-    values_C, turns_CC = _positive_part(half_RC.T @ a_RR @ half_RC)
-    if not len(values_C):
-        return _ColumnSpace(basis_RC=b_RR[:, :0], effective_rank=math.nan)
-    shares_C = values_C / values_C.sum()
-    entropy = float(-(shares_C * shares_C.log()).sum())
-    return _ColumnSpace(basis_RC=vectors_RC / squares_C.sqrt() @ turns_CC, effective_rank=math.exp(entropy))
-
-
-def _positive_part(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the eigenvalues of a matrix that has none below 0, without those that are 0, and their vectors."""
-    if not len(symmetric):
-        return symmetric.diagonal(), symmetric
-    values_C, vectors_RC = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    is_there_C = values_C > _TOLERANCE * values_C[-1].clamp(min=0)
-    return values_C[is_there_C], vectors_RC[:, is_there_C]
-
-
-def _mean_angle(products: _Products, spaces: Sequence[_ColumnSpace], one: int, other: int) -> float:
-    """Return the mean principal angle between two updates' column spaces in degrees, NaN where one is empty."""
-    inner = spaces[one].basis_RC.T @ products.b[one][other] @ spaces[other].basis_RC
-    if 0 in inner.shape:
-        return math.nan
-    if one == other:
-        return 0.0
-    return float(torch.linalg.svdvals(inner).clamp(max=1.0).acos().mean().rad2deg())
-
-
-def _square_within(products: _Products, space: _ColumnSpace, index: int, of: int) -> float:
-    """Return the square of the part of an update that lies within the column space of another."""
-    part_CR = space.basis_RC.T @ products.b[of][index]
-    return float(((part_CR @ products.a[index][index]) * part_CR).sum())
-
-
-def _collect(steps: Sequence[int], layers: Mapping[str, _Layer], storage: Sequence[str]) -> AdapterGeometry:
+def _collect(steps: Sequence[int], layers: Mapping[str, LayerGeometry], storage: Sequence[str]) -> AdapterGeometry:
     """Return the geometry of all layers together."""
     gram_TT = _sum(layer.gram_TT for layer in layers.values())
     squares_T, changes_T = gram_TT.diagonal(), _change_norms(gram_TT)
@@ -464,10 +202,6 @@ def _principal_components(gram_TT: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     total = values_T.clamp(min=0).sum()
     signs_C = torch.where(coordinates_TC[-1] < 0, -1.0, 1.0)
     return coordinates_TC * signs_C, kept_C / total if total > 0 else kept_C
-
-
-def _tensor(values: Any) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.float64)
 
 
 def _sum(tensors: Any) -> torch.Tensor:

@@ -34,10 +34,7 @@ from emtool.engines.evaluation_result import (
     EvaluationResult,
     JudgeResult,
     collect,
-    judge_order,
     judge_result,
-    read_summary,
-    settings_of,
     write_result,
 )
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
@@ -53,6 +50,7 @@ from emtool.engines.item_scores import recorded_scores, score_items
 from emtool.engines.judge_stage import JudgeStage
 from emtool.engines.judges.judge import JudgeChoice
 from emtool.engines.judging import judge_tasks
+from emtool.engines.last_evaluation import LastEvaluation
 from emtool.engines.modeling import check_device
 from emtool.engines.score_record import ScoreRecord
 from emtool.engines.summary import CheckpointScores
@@ -133,24 +131,21 @@ class Evaluation:
         others = [step for step in run.saved_steps() if step not in steps]
         unfit = self._target.damaged(others, check_hashes=config.check_hashes)
         others = [step for step in others if step not in unfit]
-        summary = read_summary(run)
-        if summary is None:
-            self._warn(f"{run.evaluation_path / 'summary.json'} cannot be read; it is made anew from the records")
-        previous = settings_of(summary)
-        settings = self._settings()
-        answers, problems, generation = self._answers(whole, others, previous.get("generation"))
+        last = LastEvaluation(run, lineage=self._lineage_pins(), on_event=self._on_event)
+        settings: dict[str, Any] = {"seed": config.seed, "trained_domain": self._target.domain}
+        answers, problems, generation = self._answers(whole, others, last)
         damaged |= problems
         settings |= generation
-        judged = self._judge(answers, whole if ANSWERS in config.metrics else [], judge_order(summary))
+        judged = self._judge(answers, whole if ANSWERS in config.metrics else [], last.judge_order())
         if config.activation_layers is not None:
             num_blocks = self._target.base.num_blocks
             layers = select_blocks(config.activation_layers, num_blocks, option="--activation-layers")
             folder, problems = self._take_activations(whole, answers, layers or range(num_blocks))
             settings["activations"] = str(folder.path.relative_to(run.path))
             damaged |= problems
-        elif (kept := self._known_activations(previous.get("activations"))) is not None:
+        elif (kept := last.activations()) is not None:
             settings["activations"] = kept
-        scores, problems, likelihood = self._score(whole, others, previous.get("likelihood"))
+        scores, problems, likelihood = self._score(whole, others, last)
         damaged |= problems
         settings |= likelihood
         if len(damaged) == len(steps):
@@ -165,21 +160,15 @@ class Evaluation:
             judges=judged,
         )
         if result.metrics and 0 not in result.metrics:
-            if 0 in damaged or 0 in unfit:
-                reason = "it is damaged"
-            elif run.checkpoint_path(0).is_dir():
-                reason = "--steps 0 evaluates it"
-            else:
-                reason = "it is not there; a schedule with init saves it"
-            self._warn(f"no change from step 0 can be given without checkpoint-0: {reason}")
+            self._say_why_no_change(is_damaged=0 in damaged or 0 in unfit)
         write_result(result, scores, self._items, rule=self._rule)
         return result
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "seed": self._config.seed,
-            "trained_domain": self._target.domain,
-        }
+    def _say_why_no_change(self, *, is_damaged: bool) -> None:
+        is_there = self._target.run.checkpoint_path(0).is_dir()
+        reason = "--steps 0 evaluates it" if is_there else "it is not there; a schedule with init saves it"
+        reason = "it is damaged" if is_damaged else reason
+        self._warn(f"no change from step 0 can be given without checkpoint-0: {reason}")
 
     def _find_damaged(self, steps: Sequence[int]) -> dict[int, str]:
         """Return what is wrong with checkpoints that cannot be evaluated, and say what the user should know of the run.
@@ -214,17 +203,6 @@ class Evaluation:
             "dtype": self._dtype,
         }
 
-    def _is_of_this_model(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether settings of a stage are of the base, persona and dtype that are evaluated now."""
-        return all(settings.get(name) == value for name, value in self._lineage_pins().items())
-
-    def _known_activations(self, path: object) -> str | None:
-        """Return the folder of activations that the last summary names, if it is of the same model."""
-        if not isinstance(path, str):
-            return None
-        settings = read_json(self._target.run.evaluation_path / "settings" / f"{Path(path).name}.json")
-        return path if isinstance(settings, dict) and self._is_of_this_model(settings) else None
-
     def _describe(self, settings: Mapping[str, Any]) -> str:
         """Return the name of settings, after writing what they are beside the records."""
         run, name = self._target.run, settings_id(settings)
@@ -238,7 +216,7 @@ class Evaluation:
         return name
 
     def _answers(
-        self, steps: Sequence[int], others: Sequence[int], previous: object
+        self, steps: Sequence[int], others: Sequence[int], last: LastEvaluation
     ) -> tuple[dict[int, list[Answer]], dict[int, str], dict[str, Any]]:
         """Return the answers of every checkpoint that has all of them: generated, or recorded with the same settings.
 
@@ -247,19 +225,14 @@ class Evaluation:
         Args:
             steps: Checkpoints that must answer now, if answers are asked for.
             others: Checkpoints whose answers count if they are recorded.
-            previous: What the last summary says of its answers; hostile until it is read.
+            last: The last evaluation.
 
         Returns:
             Answers by step, what is wrong with checkpoints, and what the summary says of the answers.
         """
         run = self._target.run
         if ANSWERS not in self._config.metrics:
-            if not isinstance(previous, dict):
-                return {}, {}, {}
-            if not self._is_of_this_model(previous):
-                self._warn(
-                    "the answers of the last evaluation are another model's or dtype's; the summary leaves them out"
-                )
+            if (previous := last.generation()) is None:
                 return {}, {}, {}
             prompts = prompts_asked(previous, self._questions)
             checkpoints = self._checkpoints(sorted([*steps, *others]), prompts)
@@ -309,7 +282,7 @@ class Evaluation:
         ]
 
     def _score(
-        self, steps: Sequence[int], others: Sequence[int], previous: object
+        self, steps: Sequence[int], others: Sequence[int], last: LastEvaluation
     ) -> tuple[list[CheckpointScores], dict[int, str], dict[str, Any]]:
         """Return the likelihood scores of every checkpoint, by the same rule as the answers."""
         if LIKELIHOOD in self._config.metrics:
@@ -324,10 +297,7 @@ class Evaluation:
             scores += recorded_scores(others, self._items, record)
             shown = {**pins, "num_items": len(self._items)}
             return sorted(scores, key=lambda entry: entry.step), problems, {"likelihood": shown}
-        if not isinstance(previous, dict) or previous.get("items_sha256") != file_sha256(EVERYDAY_ITEMS):
-            return [], {}, {}
-        if previous.get("lineage") != settings_id(self._lineage_pins()):
-            self._warn("the likelihood of the last evaluation is another model's or dtype's; the summary leaves it out")
+        if (previous := last.likelihood(items_sha256=file_sha256(EVERYDAY_ITEMS))) is None:
             return [], {}, {}
         pins = {name: previous.get(name) for name in ("device", "dtype", "items_sha256", "lineage")}
         scores = recorded_scores(

@@ -219,28 +219,6 @@ def judge_marks(judges: Sequence[JudgeResult]) -> list[str]:
     ]
 
 
-def read_summary(run: RunFolder) -> dict[str, Any] | None:
-    """Return the last summary; empty where there is none, None where it cannot be read. It is not trusted."""
-    path = run.evaluation_path / "summary.json"
-    if not path.exists():
-        return {}
-    summary = read_json(path)
-    return summary if isinstance(summary, dict) else None
-
-
-def settings_of(summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a summary says of how it was made."""
-    settings = (summary or {}).get("settings")
-    return settings if isinstance(settings, dict) else {}
-
-
-def judge_order(summary: Mapping[str, Any] | None) -> list[str]:
-    """Return the ids of a summary's judges, the first one first."""
-    judges = (summary or {}).get("judges")
-    entries = judges if isinstance(judges, list) else []
-    return [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
-
-
 def _tables(
     result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem]
 ) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from emtool.engines.direction_files import (
     labelled_checkpoints,
     read_direction,
 )
-from emtool.engines.evaluation_result import read_summary, settings_of
+from emtool.engines.last_evaluation import read_summary, settings_of
 
 #: Files in the evaluation folder: every layer, the items of the layer that is shown, and all of it.
 PROJECTION_TABLE, ITEM_TABLE, PROJECTION_SUMMARY = "projections.csv", "item_projections.csv", "projections.json"
