@@ -71,7 +71,7 @@ def projection_view(result: RunProjections) -> RenderableType:
     """Return the projections of one run in the layer that is shown."""
     table = plain_table(padding=1)
     table.add_column("step", justify="right", no_wrap=True)
-    for heading in ("drift since step 0", "shuffled labels", "random", "wrong - sound"):
+    for heading in ("drift since step 0", "shuffled labels", "gap"):
         table.add_column(heading, no_wrap=True)
     table.add_column("along", justify="right", no_wrap=True)
     for step, layers in result.steps.items():
@@ -81,8 +81,7 @@ def projection_view(result: RunProjections) -> RenderableType:
             f"{step:,}",
             escape(_interval(found.drift, mark)),
             escape(_ends(found.shuffled_range)),
-            escape(_ends(found.random_range)),
-            "" if found.separation is None else f"{found.separation.value:+.3f}",
+            "" if found.separation is None else f"{found.separation.value:+.3g}",
             _number(found.cosine_to_direction, "+.2f"),
         )
     num_items = next(iter(result.steps.values()))[result.layer].level.n // 2
@@ -96,8 +95,9 @@ def projection_view(result: RunProjections) -> RenderableType:
         )
     legend = (
         f"mean over {num_items} items that were not fitted on, in units of the activations; [95% interval, bootstrap "
-        "over items]; shuffled labels, random: 95% range of the drift along such directions; * beyond both; along: "
-        "cosine between all movement since step 0 and the direction"
+        "over items]; shuffled labels: 95% range of the drift along directions fitted with them; * beyond it, and beyond "
+        "that of random directions; gap: wrong less sound text; along: cosine between all movement since step 0 and the "
+        "direction"
     )
     return Group(*parts, Text(legend, style="dim"))
 
@@ -114,7 +114,7 @@ def transition_view(found: RunTransitions) -> RenderableType:
             f"{change.before:,} to {change.after:,}" if is_there else "none supported",
             f"{change.low:,} to {change.high:,}" if is_there else "",
             f"{change.size:+.3g}" if is_there else "",
-            f"{change.p_value:.3f}",
+            "<0.001" if change.p_value < 0.001 else f"{change.p_value:.3f}",
             f"{change.num_units} {SERIES[name].unit.removesuffix('_id')}s",
         )
     parts: list[RenderableType] = [table]
@@ -133,11 +133,11 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 def _interval(estimate: Estimate | None, mark: str) -> str:
     if estimate is None:
         return "none"
-    return f"{estimate.value:+.3f}{mark}[{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return f"{estimate.value:+.3g}{mark}[{estimate.low:+.3g}, {estimate.high:+.3g}]"
 
 
 def _ends(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
+    return "" if ends is None else f"[{ends[0]:+.2g}, {ends[1]:+.2g}]"
 
 
 def _curve(values: Sequence[float]) -> str:
