@@ -95,9 +95,9 @@ def projection_view(result: RunProjections) -> RenderableType:
         )
     legend = (
         f"mean over {num_items} items that were not fitted on, in units of the activations; [95% interval, bootstrap "
-        "over items]; shuffled labels: 95% range of the drift along directions fitted with them; * beyond it, and beyond "
-        "that of random directions; gap: wrong less sound text; along: cosine between all movement since step 0 and the "
-        "direction"
+        "over items]; shuffled labels: 95% range of the drift along directions fitted with them; * beyond it, and "
+        "beyond that of random directions; gap: wrong less sound text; along: cosine between all movement since step 0 "
+        "and the direction"
     )
     return Group(*parts, Text(legend, style="dim"))
 
