@@ -14,7 +14,12 @@ from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.core.em_metrics import EmRule
 from emtool.core.run_dir import RunFolder
 
-commands = typer.Typer(cls=PlainGroup, help="A direction from sound to wrong in the activations.", no_args_is_help=True, add_completion=False)
+commands = typer.Typer(
+    cls=PlainGroup,
+    help="A direction from sound to wrong in the activations.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
 @commands.callback()
