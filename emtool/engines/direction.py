@@ -64,7 +64,7 @@ class Direction:
         shuffled_CLD: The same, fitted with the labels of whole units drawn at random.
         layers: Decoder blocks by index, 0 is the first.
         best_layer: The layer in which wrong and sound texts are told apart best, by cross-validation within the half
-            that was fitted on.
+            that was fitted on, of those that training can change.
         fit_units: Items or questions that were fitted on; they are never projected.
         settings: What else shaped it: JSON values.
     """
@@ -87,7 +87,12 @@ class Direction:
 
 
 def fit_direction(
-    texts: LabelledTexts, *, layers: Sequence[int], seed: int, settings: Mapping[str, Any] | None = None
+    texts: LabelledTexts,
+    *,
+    layers: Sequence[int],
+    seed: int,
+    first_layer: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> Direction:
     """Return the difference of means between wrong and sound texts, of unit length, from a random half of the units.
 
@@ -95,6 +100,8 @@ def fit_direction(
         texts: Texts of one checkpoint.
         layers: What the second dimension of their means is.
         seed: Seed of the halves and of the shuffled labels.
+        first_layer: The first layer that may be the best one: before the first block with an adapter, training changes
+            nothing.
         settings: What else shaped it, kept with the direction.
 
     Raises:
@@ -120,10 +127,16 @@ def fit_direction(
         vectors_LD=_unit(difference_LD).float(),
         shuffled_CLD=_shuffled(fitted, generator),
         layers=list(layers),
-        best_layer=layers[int(_told_apart(fitted, fit_units).argmax())],
+        best_layer=_best_layer(_told_apart(fitted, fit_units), layers, first_layer),
         fit_units=fit_units,
         settings={"seed": seed, **(settings or {})},
     )
+
+
+def _best_layer(told_apart_L: torch.Tensor, layers: Sequence[int], first_layer: int) -> int:
+    """Return the layer in which texts are told apart best, of those that training can change, if any is there."""
+    places = [place for place, layer in enumerate(layers) if layer >= first_layer] or range(len(layers))
+    return layers[max(places, key=lambda place: float(told_apart_L[place]))]
 
 
 def _unit(vectors_LD: torch.Tensor) -> torch.Tensor:

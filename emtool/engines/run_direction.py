@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from emtool.core.csv_text import csv_text
 from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule
-from emtool.core.errors import CheckpointError, ConfigError
+from emtool.core.errors import CheckpointError, ConfigError, EmtoolError
 from emtool.core.evaluation_config import FIXED, OWN
 from emtool.core.metrics import flat
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
@@ -27,6 +28,7 @@ from emtool.engines.direction_files import (
     read_direction,
 )
 from emtool.engines.last_evaluation import read_summary, settings_of
+from emtool.engines.lora_factors import LoraFile
 
 #: Files in the evaluation folder: every layer, the items of the layer that is shown, and all of it.
 PROJECTION_TABLE, ITEM_TABLE, PROJECTION_SUMMARY = "projections.csv", "item_projections.csv", "projections.json"
@@ -69,7 +71,8 @@ def fit_on_run(run: RunFolder, *, source: str, step: str, seed: int, rule: EmRul
         "num_wrong": sum(texts.is_wrong),
         "num_sound": len(texts.is_wrong) - sum(texts.is_wrong),
     }
-    return fit_direction(texts, layers=activations.layers, seed=seed, settings=settings)
+    first = first_adapted_block(run.checkpoint_path(chosen))
+    return fit_direction(texts, layers=activations.layers, seed=seed, first_layer=first, settings=settings)
 
 
 def _step(text: str, saved: Sequence[int]) -> int:
@@ -80,6 +83,16 @@ def _step(text: str, saved: Sequence[int]) -> int:
     if step not in saved:
         raise CheckpointError(f"there are no activations of step {step}; there are: {', '.join(map(str, saved))}")
     return step
+
+
+def first_adapted_block(folder: Path) -> int:
+    """Return the first decoder block that an adapter changes; 0 where the names of its layers do not tell."""
+    try:
+        names = LoraFile(folder).layers
+    except EmtoolError:
+        return 0
+    found = [match for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
+    return min((int(match[1]) for match in found), default=0) if len(found) == len(names) else 0
 
 
 def trained_domain(run: RunFolder) -> str | None:

@@ -85,6 +85,10 @@ def test_the_best_layer_is_the_one_with_the_gap() -> None:
         LabelledTexts(means_NLD=means, is_wrong=texts.is_wrong, units=texts.units), layers=[10, 11], seed=0
     )
     assert direction.best_layer == 11
+    means[1::2, 0] += 2 * planted_LD[0]
+    both = LabelledTexts(means_NLD=means, is_wrong=texts.is_wrong, units=texts.units)
+    assert fit_direction(both, layers=[10, 11], seed=0).best_layer == 10
+    assert fit_direction(both, layers=[10, 11], seed=0, first_layer=11).best_layer == 11, "training changes no other"
 
 
 def test_a_null_model_has_intervals_that_cover_zero_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:

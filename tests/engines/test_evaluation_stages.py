@@ -1,7 +1,7 @@
 """The stages of an evaluation: what is recorded, what is done again, and what a fault costs."""
 
 import json
-import os
+import multiprocessing
 import random
 import shutil
 import signal
@@ -472,9 +472,11 @@ def judge_script(body: dict[str, Any]) -> dict[str, Any] | Fault:
     return reply(score, {score: 0.8, "50": 0.1, "no": 0.05})
 
 
-def evaluation_with(run: RunFolder, server: OpenAIServer, budget: Budget | None = None, retries: int = 3) -> Evaluation:
+def evaluation_with(
+    run: RunFolder, server: OpenAIServer | str, budget: Budget | None = None, retries: int = 3
+) -> Evaluation:
     target = open_target(run, device="cpu", on_event=ignore_events)
-    address = parse_address(server.url)
+    address = parse_address(server if isinstance(server, str) else server.url)
     key = read_key(address, variable="EMTOOL_JUDGE_API_KEY", environment={})
 
     def backend(source: CheckpointModel) -> Any:
@@ -591,24 +593,27 @@ def test_fifty_kills_lose_and_double_no_record_and_repeat_no_finished_request(ru
     shutil.rmtree(run.evaluation_path)
     run.evaluation_path.mkdir()
     chance = random.Random(7)
+    # Children of a process that has not computed yet: threads of this one would be missing in a child of its own.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
     judgements = run.evaluation_path / "judgements.jsonl"
     with serve_openai(judge_script, latency=0.01) as server:
         num_kills = 0
         while num_kills < 50:
             before = {json.loads(line)["prompt_sha256"] for line in whole_lines(judgements)}
             num_asked = len(judged(server))
-            child = os.fork()
-            if child == 0:
-                evaluation_with(run, server).evaluate(run.saved_steps())
-                os._exit(0)
+            is_ready = processes.Event()
+            child = processes.Process(target=evaluate_all, args=(run.path, server.url, is_ready))
+            child.start()
+            assert is_ready.wait(60), "the child did not begin"
             time.sleep(chance.uniform(0.05, 0.6))
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+            child.kill()
+            child.join()
             num_kills += 1
             for prompt in judged(server)[num_asked:]:
                 assert sha256_of(prompt) not in before, "a finished request was repeated"
-            if os.WIFEXITED(status):
-                assert os.WEXITSTATUS(status) == 0
+            assert child.exitcode in {0, -signal.SIGKILL}, "it ended by something else than the kill"
+            if child.exitcode == 0:
                 # It was done before it was killed: begin again with fewer records, torn in the middle of one.
                 for path in (judgements, run.evaluation_path / "answers.jsonl"):
                     content = path.read_bytes()
@@ -619,6 +624,13 @@ def test_fifty_kills_lose_and_double_no_record_and_repeat_no_finished_request(ru
     keys = Counter((key_of(record), record["name"], record["judge"]) for record in records)
     assert set(keys.values()) == {1}
     assert len(keys) == 2 * len(whole)
+
+
+def evaluate_all(path: Path, url: str, is_ready: Any) -> None:
+    """Evaluate every checkpoint, in a process of its own."""
+    is_ready.set()
+    run = RunFolder(path=path)
+    evaluation_with(run, url).evaluate(run.saved_steps())
 
 
 def whole_lines(path: Path) -> list[bytes]:
