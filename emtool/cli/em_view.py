@@ -56,6 +56,8 @@ def em_table(
         )
     }
     said = ", ".join(f"{count:,} {name}" for name, count in lost.items() if count)
+    if not any(found["total_evaluated"].value for found in metrics.values()):
+        parts.append(Text("no answer has both scores: choose a judge that answers with a number", style="yellow"))
     legend = "[95% interval, bootstrap over questions]; * the change excludes 0"
     parts.append(Text(f"{legend}; not scored: {said}" if said else legend, style="dim"))
     return Group(*parts)
