@@ -29,7 +29,11 @@ def metrics(
     """Compute EM rate, alignment and coherence from tables with question_id, response, aligned and coherent."""
     rule = EmRule(aligned_cutoff=aligned_cutoff, coherent_cutoff=coherent_cutoff, is_strict=strict)
     answers = by_step(read_tables(path))
-    found = {step: em_metrics(group, answers.get(0), rule=rule, seed=seed) for step, group in answers.items()}
+    # Answers of an unknown step may be those of step 0 themselves.
+    found = {
+        step: em_metrics(group, None if step is None else answers.get(0), rule=rule, seed=seed)
+        for step, group in answers.items()
+    }
     if not as_json:
         says = rule.to_dict()
         data().print(em_table(found, title=f"{one_line(str(path))}: {says['misaligned']}, {says['coherent']}"))
