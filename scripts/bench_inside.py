@@ -9,17 +9,14 @@ Movement is measured within a training, as a share of the time of its steps.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_saving import LARGE, Measured
+from bench_saving import LARGE, Measured, measure
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -103,15 +100,5 @@ def movement(root: Path) -> None:
 PARTS: dict[str, Callable[[Path], None]] = {"geometry": geometry, "movement": movement}
 
 
-def main() -> None:
-    """Measure the parts that are named, or all."""
-    warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure")
-    for name in parser.parse_args().parts or PARTS:
-        with tempfile.TemporaryDirectory(prefix="emtool-bench-", dir=".") as folder:
-            PARTS[name](Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    measure(PARTS, __doc__)

@@ -225,15 +225,15 @@ def _trainer_size(measured: Measured, root: Path, found: list[int]) -> None:
 PARTS: dict[str, Callable[[Path], None]] = {"stall": stall, "whole": whole, "space": space}
 
 
-def main() -> None:
-    """Measure the parts that are named, or all."""
+def measure(parts: dict[str, Callable[[Path], None]], description: str | None) -> None:
+    """Measure the parts that the command line names, or all, each in a folder of its own."""
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure")
-    for name in parser.parse_args().parts or PARTS:
+    parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="what to measure")
+    for name in parser.parse_args().parts or parts:
         with tempfile.TemporaryDirectory(prefix="emtool-bench-", dir=".") as folder:
-            PARTS[name](Path(folder))
+            parts[name](Path(folder))
 
 
 if __name__ == "__main__":
-    main()
+    measure(PARTS, __doc__)
