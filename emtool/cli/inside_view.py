@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from emtool.core.metrics import Estimate
     from emtool.core.run_series import RunTransitions
+    from emtool.core.transition import Transition
     from emtool.engines.adapter_geometry import AdapterGeometry
     from emtool.engines.direction import Direction
     from emtool.engines.run_direction import RunProjections
@@ -118,12 +119,24 @@ def transition_view(found: RunTransitions) -> RenderableType:
             f"{change.num_units} {SERIES[name].unit.removesuffix('_id')}s",
         )
     parts: list[RenderableType] = [table]
+    for name, change in found.found.items():
+        if left_out := _left_out(change, SERIES[name].unit):
+            parts.append(Text(f"{name}: {left_out} left out, values are missing", style="yellow"))
     parts += [Text(f"{name}: {problem}", style="yellow") for name, problem in found.problems.items()]
     legend = (
         "one change of level between two saved steps, bootstrap over units; p: how often a series without a change "
-        "shows one as clear. A gradual change has no such step: what is found lies within it"
+        "shows one as large. A gradual change has no such step: what is found lies within it"
     )
     return Group(*parts, Text(legend, style="dim"))
+
+
+def _left_out(change: Transition, unit: str) -> str:
+    parts = []
+    if change.left_out_steps:
+        parts.append(f"step {', '.join(map(str, change.left_out_steps))}")
+    if num := len(change.left_out_units):
+        parts.append(f"{num} {unit.removesuffix('_id')}{'s' if num > 1 else ''}")
+    return " and ".join(parts)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

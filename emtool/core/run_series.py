@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from emtool.core.errors import CheckpointError, DataError, unknown_name
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
+from emtool.core.run_lock import locked_evaluation
 from emtool.core.transition import Transition, find_transition, step_series
 
 TRANSITION_SUMMARY = "transitions.json"
@@ -68,7 +69,7 @@ def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) 
 
     Args:
         run: The run folder.
-        names: Keys of `SERIES`; None takes those whose tables are there.
+        names: Keys of `SERIES`; None takes those that are there.
         seed: Seed of the draws.
 
     Raises:
@@ -81,7 +82,8 @@ def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) 
             raise unknown_name("series", name, SERIES)
     tables = {source.table for source in SERIES.values()}
     rows = {table: _rows(run.evaluation_path / table) for table in sorted(tables)}
-    chosen = names if names is not None else [name for name, source in SERIES.items() if rows[source.table]]
+    there = [name for name, source in SERIES.items() if name in _columns(rows[source.table])]
+    chosen = there if names is None else names
     if not chosen:
         raise CheckpointError(
             f"{run.path} has no series to look for a change in; make some: emtool evaluate {run.path}"
@@ -91,7 +93,7 @@ def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) 
         source = SERIES[name]
         if not rows[source.table]:
             raise CheckpointError(f"{run.path} has no {source.table}; make it with: {source.made_by} {run.path}")
-        if name not in rows[source.table][0]:
+        if name not in _columns(rows[source.table]):
             problems[name] = f"{source.table} has no column {name}"
             continue
         try:
@@ -99,6 +101,10 @@ def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) 
         except DataError as error:
             problems[name] = str(error)
     return RunTransitions(run=run, seed=seed, found=found, problems=problems)
+
+
+def _columns(rows: Sequence[Mapping[str, str]]) -> Collection[str]:
+    return rows[0].keys() if rows else ()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -109,7 +115,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     """
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return [dict(row) for row in csv.DictReader(file)]
     except FileNotFoundError:
         return []
@@ -123,12 +129,13 @@ def write_transitions(run: RunFolder, found: RunTransitions) -> None:
     """Write `transitions.json`, whole or not at all.
 
     Raises:
-        EmtoolError: If it cannot be written.
+        EmtoolError: If it cannot be written, or another process holds the evaluation.
     """
-    try:
-        write_json(run.evaluation_path / TRANSITION_SUMMARY, found.to_dict())
-    except OSError as error:
-        raise run.write_error(error, "writing transitions") from error
+    with locked_evaluation(run):
+        try:
+            write_json(run.evaluation_path / TRANSITION_SUMMARY, found.to_dict())
+        except OSError as error:
+            raise run.write_error(error, "writing transitions") from error
 
 
 _JUDGED = SeriesSource(table="question_scores.csv", unit="question_id", made_by="emtool evaluate --judge JUDGE")

@@ -16,7 +16,8 @@ from emtool.core.metrics import LEVEL
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Shape suffixes: N units, T checkpoints, K places between two neighbouring ones (T - 1), R resamples.
+# Shape suffixes: U units, N of them that are complete, T checkpoints, K places between two neighbouring ones (T - 1), R
+# resamples.
 
 #: Draws of the units for the interval, and of their signs for the test.
 RESAMPLES = 2_000
@@ -24,6 +25,9 @@ RESAMPLES = 2_000
 #: With fewer units, no draw of signs can be as rare as 5%: 2 of 2**5 are 6%.
 MIN_UNITS = 6
 MIN_CHECKPOINTS = 3
+
+#: Differences below this share of the largest value are rounding.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,11 @@ class Transition:
         low: Saved step that the 95% interval of the change begins after.
         high: Saved step that it ends with.
         size: Mean of the checkpoints after the change less that of those before it, in the series' unit.
-        p_value: How often a series without a change shows one at least as clear.
-        num_units: Units that were measured at every checkpoint.
+        p_value: How often a series without a change shows one at least as large.
+        steps: Saved steps that were looked at, increasing.
+        num_units: Units that were looked at: each has a value at all of these steps.
+        left_out_steps: Steps that some unit, but not every unit looked at, has a value at.
+        left_out_units: Units that lack values.
     """
 
     before: int
@@ -46,7 +53,10 @@ class Transition:
     high: int
     size: float
     p_value: float
+    steps: Sequence[int]
     num_units: int
+    left_out_steps: Sequence[int]
+    left_out_units: Sequence[str]
 
     @property
     def is_supported(self) -> bool:
@@ -57,15 +67,17 @@ class Transition:
 def find_transition(series: Mapping[str, Mapping[int, float]], *, seed: int) -> Transition:
     """Return the change of level that a series most likely has, and how well the data support it.
 
-    Each place between two checkpoints splits every unit's values into two means; their difference over its standard
-    error says how clear a change there would be. The place is the one that explains most of the mean curve. Its
-    interval spans the places that the data do not rule out: were the change there, the place found would explain as
-    much more than it in at least 5% of resamples of the units. The test compares the clearest difference of all places
-    with those under random signs of whole units. Both keep what the checkpoints of a unit share: its values at
-    successive checkpoints need not be independent.
+    A change at a place between two checkpoints splits the mean curve into two levels; its gain is by how much they
+    lessen the curve's squares around its mean. The place is the one of the largest gain. Its interval spans the places
+    that the data do not rule out: were the change there, the place found would gain as much more than it in at least 5%
+    of resamples of the units. The test compares the largest gain with those under random signs of whole units, each as
+    it deviates from its own mean. Both keep what the checkpoints of a unit share: its values at successive checkpoints
+    need not be independent. The gain is not divided by its standard error, which is by chance the smallest where rare
+    hits are: a series of such hits would show changes.
 
     Args:
-        series: Unit to step to value. Steps that a unit lacks are left out for all.
+        series: Unit to step to value, finite. Where values are missing, the step or the unit that lacks most is left
+            out until none is.
         seed: Seed of the draws.
 
     Returns:
@@ -75,13 +87,21 @@ def find_transition(series: Mapping[str, Mapping[int, float]], *, seed: int) -> 
         DataError: If there are too few checkpoints or units.
 
     Source: least squares for the place, Bai 1994 (Journal of Time Series Analysis 15(5)); its interval by inverting a
-    bootstrapped test, Huskova and Kirch 2008 (Journal of Time Series Analysis 29(6)); random signs, the wild
-    bootstrap of Wu 1986 (The Annals of Statistics 14(4)); the largest statistic of all places, Westfall and Young 1993.
+    bootstrapped test, Huskova and Kirch 2008 (Journal of Time Series Analysis 29(6)); random signs, Fisher 1935, The
+    Design of Experiments; the largest statistic of all places, Westfall and Young 1993.
     """
     import numpy as np
 
-    steps, values_NT = _matrix(series)
-    contrasts_NK = _contrasts(values_NT)
+    all_steps = sorted({step for values in series.values() for step in values})
+    cells_UT = np.array([[series[unit].get(step, np.nan) for step in all_steps] for unit in sorted(series)], ndmin=2)
+    rows, columns = _complete(np.isfinite(cells_UT))
+    steps = [all_steps[column] for column in columns]
+    units = [sorted(series)[row] for row in rows]
+    values_NT = cells_UT[np.ix_(rows, columns)]
+    # In units of the largest value, so that no square is out of range.
+    scale = float(np.abs(values_NT).max()) or 1.0
+    values_NT = values_NT / scale
+    values_NT -= values_NT.mean(axis=1, keepdims=True)
     random = np.random.default_rng(seed)
     place = int(_gains(values_NT.mean(axis=0)[None]).argmax())
     places = _possible_places(values_NT, random)
@@ -90,41 +110,56 @@ def find_transition(series: Mapping[str, Mapping[int, float]], *, seed: int) -> 
         after=steps[place + 1],
         low=steps[min(places)],
         high=steps[max(places) + 1],
-        size=float(contrasts_NK[:, place].mean()),
-        p_value=_p_value(contrasts_NK, random),
-        num_units=len(values_NT),
+        size=float(_contrasts(values_NT.mean(axis=0)[None])[0, place]) * scale,
+        p_value=_p_value(values_NT, random),
+        steps=steps,
+        num_units=len(units),
+        left_out_steps=sorted({step for values in series.values() for step in values} - set(steps)),
+        left_out_units=sorted(set(series) - set(units)),
     )
 
 
-def _matrix(series: Mapping[str, Mapping[int, float]]) -> tuple[list[int], NDArray[Any]]:
-    """Return the steps that every unit has, increasing, and the values of shape (N, T).
+def _complete(is_there_UT: NDArray[Any]) -> tuple[list[int], list[int]]:
+    """Return the rows and columns that are left when those that lack most are left out until no cell is missing.
 
     Raises:
-        DataError: If there are too few of either.
+        DataError: If too few of either are left.
     """
     import numpy as np
 
-    steps = sorted(set.intersection(*(set(values) for values in series.values()))) if series else []
-    if len(series) < MIN_UNITS:
-        raise DataError(f"{len(series)} unit(s) cannot tell a change from chance; at least {MIN_UNITS} are needed")
-    if len(steps) < MIN_CHECKPOINTS:
-        raise DataError(
-            f"{len(steps)} checkpoint(s) with every unit cannot tell where a change is; at least {MIN_CHECKPOINTS} are "
-            "needed"
-        )
-    return steps, np.array([[series[unit][step] for step in steps] for unit in sorted(series)], dtype=np.float64)
+    rows, columns = list(range(is_there_UT.shape[0])), list(range(is_there_UT.shape[1]))
+    while True:
+        if len(rows) < MIN_UNITS or not columns:
+            raise DataError(
+                f"{len(rows) if columns else 0} unit(s) with values cannot tell a change from chance; at least "
+                f"{MIN_UNITS} are needed"
+            )
+        if len(columns) < MIN_CHECKPOINTS:
+            raise DataError(
+                f"{len(columns)} checkpoint(s) with a value of each of {len(rows)} units cannot tell where a change "
+                f"is; at least {MIN_CHECKPOINTS} are needed"
+            )
+        is_lacking = ~is_there_UT[np.ix_(rows, columns)]
+        if not is_lacking.any():
+            return rows, columns
+        # As shares: a unit has fewer cells than a checkpoint. Of equal ones the unit goes, there are more of them.
+        of_rows, of_columns = is_lacking.mean(axis=1), is_lacking.mean(axis=0)
+        if of_rows.max() >= of_columns.max():
+            del rows[int(of_rows.argmax())]
+        else:
+            del columns[int(of_columns.argmax())]
 
 
-def _contrasts(values_NT: NDArray[Any]) -> NDArray[Any]:
-    """Return each unit's mean after each place less its mean before it, shape (N, K)."""
+def _contrasts(curves_RT: NDArray[Any]) -> NDArray[Any]:
+    """Return each curve's mean after each place less its mean before it, shape (R, K)."""
     import numpy as np
 
-    num_steps = values_NT.shape[1]
+    num_steps = curves_RT.shape[1]
     before_K = np.arange(1, num_steps)
-    sums_NK = values_NT.cumsum(axis=1)[:, :-1]
-    total_N1 = values_NT.sum(axis=1, keepdims=True)
-    contrasts_NK: NDArray[Any] = (total_N1 - sums_NK) / (num_steps - before_K) - sums_NK / before_K
-    return contrasts_NK
+    sums_RK = curves_RT.cumsum(axis=1)[:, :-1]
+    total_R1 = curves_RT.sum(axis=1, keepdims=True)
+    contrasts_RK: NDArray[Any] = (total_R1 - sums_RK) / (num_steps - before_K) - sums_RK / before_K
+    return contrasts_RK
 
 
 def _gains(curves_RT: NDArray[Any]) -> NDArray[Any]:
@@ -145,7 +180,7 @@ def _possible_places(values_NT: NDArray[Any], random: Any) -> list[int]:
     curve_T = values_NT.mean(axis=0)
     gains_K = _gains(curve_T[None])[0]
     # What units do beside the mean curve; resamples of it have the spread of the mean, but for the usual correction.
-    rest_NT = values_NT - values_NT.mean(axis=1, keepdims=True) - (curve_T - curve_T.mean())
+    rest_NT = values_NT - curve_T
     weights_RN = random.multinomial(num_units, np.full(num_units, 1 / num_units), size=RESAMPLES)
     noise_RT = weights_RN @ rest_NT / num_units * np.sqrt(num_units / (num_units - 1))
     possible = []
@@ -154,36 +189,24 @@ def _possible_places(values_NT: NDArray[Any], random: Any) -> list[int]:
         drawn_RK = _gains(levels_T + noise_RT)
         excess_R = drawn_RK.max(axis=1) - drawn_RK[:, place]
         excess = gains_K.max() - gains_K[place]
-        if (excess_R >= excess * (1 - 1e-12)).mean() > 1 - LEVEL or excess == 0:
+        if (excess_R >= excess - _ROUNDING**2).mean() > 1 - LEVEL or excess <= _ROUNDING**2:
             possible.append(place)
     return possible
 
 
-def _p_value(contrasts_NK: NDArray[Any], random: Any) -> float:
-    """Return how often random signs of the units show a change as clear as the clearest that is there."""
-    signs_RN = random.choice([-1.0, 1.0], size=(RESAMPLES, len(contrasts_NK)))
-    seen = _clearest(contrasts_NK.mean(axis=0)[None], contrasts_NK)[0]
-    drawn_R = _clearest(signs_RN @ contrasts_NK / len(contrasts_NK), contrasts_NK)
-    # The series itself is one of the draws: a p-value is never 0.
-    return float((1 + (drawn_R >= seen * (1 - 1e-12)).sum()) / (1 + RESAMPLES))
-
-
-def _clearest(means_RK: NDArray[Any], contrasts_NK: NDArray[Any]) -> NDArray[Any]:
-    """Return the largest of the differences over their standard errors, shape (R,).
-
-    Signs leave the sum of squares as it is, so it and the mean give the spread of every draw.
-    """
+def _p_value(values_NT: NDArray[Any], random: Any) -> float:
+    """Return how often random signs of the units show a change as large as the largest that is there."""
     import numpy as np
 
-    squares_K = (contrasts_NK**2).mean(axis=0)
-    spread_RK = np.sqrt(np.clip(squares_K - means_RK**2, 0, None) / (len(contrasts_NK) - 1))
-    ratios_RK = np.divide(np.abs(means_RK), spread_RK, out=np.where(means_RK == 0, 0.0, np.inf), where=spread_RK > 0)
-    clearest_R: NDArray[Any] = ratios_RK.max(axis=1)
-    return clearest_R
+    signs_RN = random.choice([-1.0, 1.0], size=(RESAMPLES, len(values_NT)))
+    seen = float(np.sqrt(_gains(values_NT.mean(axis=0)[None]).max()))
+    drawn_R = np.sqrt(_gains(signs_RN @ values_NT / len(values_NT)).max(axis=1))
+    # The series itself is one of the draws: a p-value is never 0.
+    return float((1 + (drawn_R >= seen - _ROUNDING).sum()) / (1 + RESAMPLES))
 
 
 def step_series(rows: Sequence[Mapping[str, str]], *, unit: str, value: str) -> dict[str, dict[int, float]]:
-    """Return a series from the rows of a table; cells without a finite number are left out.
+    """Return a series from the rows of a table; cells without a finite number are left out, their units are not.
 
     Args:
         rows: Rows with the column `step`.
@@ -191,11 +214,12 @@ def step_series(rows: Sequence[Mapping[str, str]], *, unit: str, value: str) -> 
         value: Column of the value.
 
     Raises:
-        DataError: If a column is missing or a step is no whole number.
+        DataError: If a column is missing, a step is no whole number, or two rows are of the same step and unit.
     """
     import math
 
     found: dict[str, dict[int, float]] = {}
+    seen = set()
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in ("step", unit, value) if row.get(name) is None]:
             raise DataError(f"row {number} lacks {', '.join(missing)}")
@@ -204,6 +228,10 @@ def step_series(rows: Sequence[Mapping[str, str]], *, unit: str, value: str) -> 
             score = float(row[value]) if row[value].strip() else math.nan
         except ValueError as error:
             raise DataError(f"row {number}: {error}") from error
+        if (step, row[unit]) in seen:
+            raise DataError(f"row {number} repeats step {step} of {unit} {row[unit]!r}")
+        seen.add((step, row[unit]))
+        values = found.setdefault(row[unit], {})
         if math.isfinite(score):
-            found.setdefault(row[unit], {})[step] = score
+            values[step] = score
     return found

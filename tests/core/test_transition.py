@@ -1,6 +1,8 @@
 """The transition finder: where a change is, how sure that is, and that it finds none where there is none."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +42,47 @@ def test_flat_series_show_none_as_often_as_it_says(num_units: int, share: float)
     assert 183 <= sum(not change.is_supported for change in found) <= 197
 
 
+def as_series(values: np.ndarray) -> dict[str, dict[int, float]]:
+    return {f"u{unit}": dict(enumerate(row.tolist())) for unit, row in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pytest.param(lambda random: random.binomial(50, 0.02, (24, 6)) / 50, id="rare hits"),
+        pytest.param(lambda random: random.binomial(4, 0.03, (24, 10)) / 4, id="few answers"),
+        pytest.param(lambda random: random.binomial(10, 0.02, (8, 6)) / 10, id="few questions"),
+        pytest.param(lambda random: random.exponential(size=(31, 10)) ** 3, id="long tail"),
+        pytest.param(lambda random: random.normal(size=(31, 10)).cumsum(axis=1), id="random walk"),
+        pytest.param(lambda random: (random.exponential(size=(31, 10)) - 1).cumsum(axis=1), id="skewed walk"),
+    ],
+)
+def test_flat_series_that_are_skewed_or_wander_show_none_either(draw: Callable[[Any], Any]) -> None:
+    found = [find_transition(as_series(draw(np.random.default_rng([seed, 5]))), seed=0) for seed in range(200)]
+    # Skewed values can make it rarer, never more often.
+    assert sum(change.is_supported for change in found) <= 17
+
+
+def test_changes_of_rare_hits_are_found() -> None:
+    rates = np.where(np.arange(8) >= 3, 0.15, 0.02) * np.ones((24, 1))
+    found = [
+        find_transition(as_series(np.random.default_rng(seed).binomial(10, rates) / 10), seed=0) for seed in range(50)
+    ]
+    assert sum(change.is_supported for change in found) >= 48
+    assert sum(change.low < 3 <= change.high for change in found) >= 44
+
+
+def test_the_place_that_is_shown_is_the_one_that_the_test_is_of() -> None:
+    # One unit goes far and back again; all others change a little, elsewhere.
+    values = np.random.default_rng(0).normal(0, 0.1, (30, 8)) + 0.5 * (np.arange(8) >= 6)
+    values[0, 2] += 60
+    change = find_transition(as_series(values), seed=0)
+    assert not change.is_supported
+    values[0, 2] -= 60
+    change = find_transition(as_series(values), seed=0)
+    assert (change.before, change.after, change.is_supported) == (5, 6, True)
+
+
 def test_a_clear_change_is_found_between_the_right_steps() -> None:
     change = find_transition(planted(1, size=3.0), seed=0)
     assert (change.before, change.after) == (100, 125)
@@ -59,9 +102,12 @@ def test_without_noise_the_place_and_the_size_are_exact() -> None:
 
 
 def test_a_series_that_never_moves_supports_nothing() -> None:
-    change = find_transition({f"u{unit}": dict.fromkeys(STEPS, 1.0) for unit in range(8)}, seed=0)
-    assert not change.is_supported
-    assert (change.low, change.high) == (0, 397)
+    for value in (0.0, 0.1, 1.0, 1e-30, 1e160):
+        for num_steps in (3, 6, 10):
+            series = {f"u{unit}": dict.fromkeys(STEPS[:num_steps], (unit + 1) * value) for unit in range(8)}
+            change = find_transition(series, seed=0)
+            assert change.p_value == 1.0
+            assert (change.low, change.high) == (0, STEPS[num_steps - 1])
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,10 +127,21 @@ def test_the_interval_holds_the_bracket_whatever_the_data(rows: list[list[float]
     assert change == find_transition(series, seed=0)
 
 
-def test_steps_that_a_unit_lacks_are_left_out() -> None:
+def test_what_lacks_values_is_left_out_and_said() -> None:
     series = planted(1, size=3.0)
+    whole = find_transition(series, seed=0)
+    assert (whole.steps, whole.left_out_steps, whole.left_out_units) == (list(STEPS), [], [])
     del series["u3"][397]
-    assert find_transition(series, seed=0).high <= 300
+    series["u5"] = {}
+    change = find_transition(series, seed=0)
+    assert (change.steps, change.num_units) == (list(STEPS), 38)
+    assert (change.left_out_steps, change.left_out_units) == ([], ["u3", "u5"])
+    for unit in list(series)[10:]:
+        series[unit].pop(125, None)
+    change = find_transition(series, seed=0)
+    assert change.left_out_steps == [125]
+    assert 125 not in change.steps
+    assert change.left_out_units == ["u3", "u5"]
 
 
 def test_too_little_is_said() -> None:
@@ -93,8 +150,9 @@ def test_too_little_is_said() -> None:
         find_transition(dict(list(series.items())[:5]), seed=0)
     with pytest.raises(DataError, match=f"2 checkpoint.*at least {MIN_CHECKPOINTS}"):
         find_transition({unit: {0: v[0], 25: v[25]} for unit, v in series.items()}, seed=0)
-    with pytest.raises(DataError, match="0 unit"):
-        find_transition({}, seed=0)
+    for empty in ({}, {"a": {}}, {f"u{unit}": {} for unit in range(9)}):
+        with pytest.raises(DataError, match="0 unit"):
+            find_transition(empty, seed=0)
 
 
 def test_tables_become_series() -> None:
@@ -105,6 +163,9 @@ def test_tables_become_series() -> None:
         {"step": "5", "item": "b", "p_wrong": "0.25"},
     ]
     assert step_series(rows, unit="item", value="p_wrong") == {"a": {0: 0.5}, "b": {5: 0.25}}
+    assert step_series(rows[1:3], unit="item", value="p_wrong") == {"a": {}, "b": {}}
+    with pytest.raises(DataError, match="row 5 repeats step 0 of item 'a'"):
+        step_series([*rows, rows[0]], unit="item", value="p_wrong")
     with pytest.raises(DataError, match="row 1 lacks margin"):
         step_series(rows, unit="item", value="margin")
     with pytest.raises(DataError, match="row 1: invalid literal"):
