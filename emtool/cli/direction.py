@@ -11,6 +11,7 @@ from emtool.cli.inside_view import direction_view, projection_view
 from emtool.cli.options import AlignedCutoff, AsJson, CoherentCutoff, Strict
 from emtool.cli.output import data, print_json, quiet_libraries, say
 from emtool.cli.plain_options import PlainCommand, PlainGroup
+from emtool.core.config import MAX_SEED
 from emtool.core.em_metrics import EmRule
 from emtool.core.run_dir import RunFolder
 
@@ -38,7 +39,7 @@ def fit(
         str, typer.Option("--from", help="items: wrong and sound texts; judged: the checkpoint's own answers.")
     ] = "items",
     step: Annotated[str, typer.Option(help="Checkpoint to fit on: a step, init or final.")] = "init",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the halves and of the shuffled labels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the halves and of the shuffled labels.")] = 0,
     aligned_cutoff: AlignedCutoff = 30,
     coherent_cutoff: CoherentCutoff = 50,
     strict: Strict = False,
@@ -68,17 +69,21 @@ def apply(
         list[Path], typer.Argument(metavar="RUN...", help="Runs evaluated with --extract-activations.")
     ],
     layer: Annotated[int | None, typer.Option(help="Decoder block to show. \\[default: the direction's best]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of the random directions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the bootstrap and of the random directions.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Project every checkpoint of runs on a direction, over the items that it was not fitted on."""
     quiet_libraries()
     from emtool.engines.run_direction import PROJECTION_TABLE, apply_to_run
 
-    results = [apply_to_run(RunFolder(path=run), path, layer=layer, seed=seed) for run in run_paths]
+    found = []
+    for run in run_paths:
+        result = apply_to_run(RunFolder(path=run), path, layer=layer, seed=seed)
+        found.append(result.to_dict())
+        if not as_json:
+            data().print(projection_view(result))
+            say(f"written to {result.run.evaluation_path}: {PROJECTION_TABLE} (every layer), and the rest")
     if as_json:
-        print_json([result.to_dict() for result in results] if len(results) > 1 else results[0].to_dict())
-        return
-    for result in results:
-        data().print(projection_view(result))
-        say(f"written to {result.run.evaluation_path}: {PROJECTION_TABLE} (every layer), and the rest")
+        print_json(found if len(found) > 1 else found[0])

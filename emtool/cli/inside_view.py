@@ -59,13 +59,30 @@ def geometry_view(geometry: AdapterGeometry) -> RenderableType:
 def direction_view(direction: Direction) -> RenderableType:
     """Return what a direction was fitted on."""
     settings = direction.settings
+    is_judged = settings["source"] == "judged"
+    units = "questions" if is_judged else "items"
     text = (
-        f"fitted on {len(direction.fit_units)} items of {one_line(str(settings.get('run')))}, step "
-        f"{settings.get('step')}, of {settings.get('num_wrong')} wrong and {settings.get('num_sound')} sound texts; "
-        "one half of the items held out"
+        f"fitted on {len(direction.fit_units)} of {settings['num_units']} {units} of {one_line(str(settings['run']))}, "
+        f"step {settings['step']}: {settings['num_wrong']} wrong and {settings['num_sound']} sound "
+        f"{'answers' if is_judged else 'texts'}"
     )
-    layers = f"{len(direction.layers)} layers; wrong and sound are told apart best in layer {direction.best_layer}"
-    return Group(Text(text), Text(layers))
+    parts = [Text(text)]
+    if not is_judged:
+        parts.append(Text(_left_out_domain(settings["left_out_domain"])))
+    parts.append(
+        Text(f"{len(direction.layers)} layers; wrong and sound are told apart best in layer {direction.best_layer}")
+    )
+    if settings["first_adapted_layer"] is None:
+        parts.append(
+            Text("the checkpoint does not tell which layers training changes; that layer may be none", style="yellow")
+        )
+    return Group(*parts)
+
+
+def _left_out_domain(domain: str | None) -> str:
+    if domain is None:
+        return "items of all domains: which one was trained on is not known"
+    return f"items of {one_line(domain)}, which was trained on, left out"
 
 
 def projection_view(result: RunProjections) -> RenderableType:
@@ -85,8 +102,17 @@ def projection_view(result: RunProjections) -> RenderableType:
             "" if found.separation is None else f"{found.separation.value:+.3g}",
             _number(found.cosine_to_direction, "+.2f"),
         )
-    num_items = next(iter(result.steps.values()))[result.layer].level.n // 2
-    parts: list[RenderableType] = [Text(f"{one_line(str(result.run.path))}, layer {result.layer}"), table]
+    num_items = next(iter(result.steps.values()))[result.layer].level.n
+    parts: list[RenderableType] = [Text(f"{one_line(str(result.run.path))}, layer {result.layer}")]
+    if result.first_adapted_layer is not None and result.layer < result.first_adapted_layer:
+        parts.append(
+            Text(
+                f"training changed layers from {result.first_adapted_layer} on: nothing moves in layer {result.layer}, "
+                "choose another with --layer",
+                style="yellow",
+            )
+        )
+    parts.append(table)
     drifts = [layers[result.layer].drift for layers in result.steps.values()]
     if len(drifts) > 1 and all(drift is not None for drift in drifts):
         parts += ["", Text(f"drift  {_curve([drift.value for drift in drifts if drift is not None])}")]
@@ -95,10 +121,10 @@ def projection_view(result: RunProjections) -> RenderableType:
             Text(f"correlation of the level with {name}: {r:+.2f} over {n} checkpoints, which are not independent")
         )
     legend = (
-        f"mean over {num_items} items that were not fitted on, in units of the activations; [95% interval, bootstrap "
-        "over items]; shuffled labels: 95% range of the drift along directions fitted with them; * beyond it, and "
-        "beyond that of random directions; gap: wrong less sound text; along: cosine between all movement since step 0 "
-        "and the direction"
+        f"mean over {num_items} items that were not fitted on, in units of the activations; "
+        f"{_left_out_domain(result.left_out_domain)}; [95% interval, bootstrap over items]; shuffled labels: 95% range "
+        "of the drift along directions fitted with them; * beyond it, and beyond that of random directions; gap: wrong "
+        "less sound text; along: cosine between all movement since step 0 and the direction"
     )
     return Group(*parts, Text(legend, style="dim"))
 

@@ -11,6 +11,7 @@ from emtool.cli.em_view import em_table
 from emtool.cli.options import AlignedCutoff, AsJson, CoherentCutoff, Strict
 from emtool.cli.output import data, one_line, print_json
 from emtool.core.answer_tables import read_tables
+from emtool.core.config import MAX_SEED
 from emtool.core.em_metrics import EmRule, by_step, em_metrics, question_rows
 from emtool.core.metrics import flat
 from emtool.core.run_dir import FORMAT
@@ -23,7 +24,7 @@ def metrics(
     aligned_cutoff: AlignedCutoff = 30,
     coherent_cutoff: CoherentCutoff = 50,
     strict: Strict = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the bootstrap intervals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compute EM rate, alignment and coherence from tables with question_id, response, aligned and coherent."""

@@ -25,16 +25,18 @@ class PlainParam:
     Attributes:
         kind: The option's type.
         low: Least value allowed, for a number.
+        high: Largest value allowed.
     """
 
     kind: type
     low: float | None
+    high: float | None
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return the value as the option's type; None stays None.
 
         Raises:
-            typer.BadParameter: If the text is not of that type, or the number is too small.
+            typer.BadParameter: If the text is not of that type, or the number is too small or too large.
         """
         if value is None or isinstance(value, self.kind):
             return value
@@ -46,6 +48,8 @@ class PlainParam:
             raise typer.BadParameter(f"{value!r} is not a number.", ctx=ctx, param=param)
         if self.low is not None and read < self.low:
             raise typer.BadParameter(f"{value} is too small; the least is {self.low:g}.", ctx=ctx, param=param)
+        if self.high is not None and read > self.high:
+            raise typer.BadParameter(f"{value} is too large; the most is {self.high}.", ctx=ctx, param=param)
         return read
 
 
@@ -72,4 +76,5 @@ def _read_plainly(param: Any) -> None:
     annotation = param.type_descriptor.annotation
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind in _EXPECTED]
     if len(kinds) == 1 and param.nargs == 1 and not param.multiple and not (bool in kinds and not param.is_flag):
-        param._runtime_param = PlainParam(kinds[0], param.type_descriptor.parameter_info.min)
+        info = param.type_descriptor.parameter_info
+        param._runtime_param = PlainParam(kinds[0], info.min, info.max)

@@ -10,6 +10,7 @@ import typer
 from emtool.cli.inside_view import transition_view
 from emtool.cli.options import AsJson, OutputRoot, output_root_of
 from emtool.cli.output import data, print_json, say
+from emtool.core.config import MAX_SEED
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.run_series import find_transitions, write_transitions
 
@@ -23,7 +24,7 @@ def transition(
         str | None,
         typer.Option(help="Series joined by commas, for instance em_pct,speed. \\[default: all that are there]"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of the test.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the bootstrap and of the test.")] = 0,
     output_root: OutputRoot = None,
     as_json: AsJson = False,
 ) -> None:

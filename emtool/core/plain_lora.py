@@ -107,8 +107,8 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
         extras.append(f"init_lora_weights = {start!r:.40}, which changes the base's weights")
     if extras:
         raise ModelError(
-            f"adapter {folder} has {' and '.join(extras)}; a persona must be plain LoRA on linear layers, so that it "
-            "can be merged, stacked and exported exactly"
+            f"adapter {folder} has {' and '.join(extras)}; only plain LoRA on linear layers can be merged, stacked, "
+            "exported and compared exactly"
         )
 
 

@@ -262,11 +262,22 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> Any:
     """Return what a JSON file of emtool's holds, or None where there is none that can be read and written again."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        # Half of a surrogate pair, and numbers that JSON does not have, can be read and not written.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (OSError, ValueError, RecursionError):
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+
+
+def parse_json(text: str) -> Any:
+    """Return what a text in JSON holds, if it can be written again.
+
+    Raises:
+        ValueError: If it cannot be read, or holds what UTF-8 or JSON do not have: half of a surrogate pair, NaN.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     return value
 
 

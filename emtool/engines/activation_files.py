@@ -17,7 +17,7 @@ from emtool.core.errors import CheckpointError, DataError, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.questions import EvaluationItem
 from emtool.core.record_file import settings_id, text_sha256
-from emtool.core.run_dir import FORMAT, RunFolder, replace_file
+from emtool.core.run_dir import FORMAT, RunFolder, parse_json, replace_file
 from emtool.engines.activations import Activations, mean_activations
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import Encoded, encode_conversation
@@ -148,19 +148,36 @@ def read_activations(path: Path) -> tuple[Activations, dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata: dict[str, Any] = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in ("mean", "text_means", "num_tokens")}
-        metadata["text_ids"] = json.loads(metadata["text_ids"])
-        metadata["answer_sha256"] = json.loads(metadata.get("answer_sha256", "[]"))
-        metadata["settings"] = json.loads(metadata["settings"])
+        metadata |= {name: parse_json(metadata[name]) for name in ("text_ids", "answer_sha256", "settings")}
         metadata["layers"] = metadata["settings"]["layers"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot read the activations in {path}: {error}") from error
-    num_texts, num_layers = len(metadata["text_ids"]), len(metadata["layers"])
-    if tensors["text_means"].shape[:2] != (num_texts, num_layers) or tensors["mean"].shape[:1] != (num_layers,):
+    texts, hashes, layers = metadata["text_ids"], metadata["answer_sha256"], metadata["layers"]
+    is_whole = (
+        is_list(texts, str)
+        and is_list(hashes, str)
+        and is_list(layers, int)
+        and len(hashes) == len(texts)
+        and tensors["text_means"].dim() == 3
+        and tensors["text_means"].shape[:2] == (len(texts), len(layers))
+        and tensors["mean"].shape == tensors["text_means"].shape[1:]
+        and tensors["num_tokens"].shape == (len(texts),)
+    )
+    if not is_whole:
         raise CheckpointError(f"{path} does not hold what its metadata say; take the activations again")
+    if not all(tensors[name].isfinite().all() for name in ("mean", "text_means")):
+        raise CheckpointError(
+            f"{path} holds activations that are not finite: the checkpoint diverged, or the file is damaged"
+        )
     found = Activations(
         mean_LD=tensors["mean"], text_means_NLD=tensors["text_means"], num_tokens_N=tensors["num_tokens"]
     )
     return found, metadata
+
+
+def is_list(value: object, kind: type) -> bool:
+    """Return whether a value from a file is a list of one type; a boolean is no number here."""
+    return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
 def fill_folder(

@@ -105,9 +105,11 @@ def adapter_geometry(folders: Mapping[int, Path]) -> AdapterGeometry:
     Source: Frobenius inner products through the factors, as in arXiv 2506.11613 for rank 1; effective rank of Roy and
     Vetterli 2007 (EUSIPCO); principal angles of Bjorck and Golub 1973 (Mathematics of Computation 27).
     """
-    if not 2 <= len(folders) <= MAX_CHECKPOINTS:
+    if len(folders) < 2:
+        raise ConfigError(f"geometry compares checkpoints: at least 2 are needed, not {len(folders)}")
+    if len(folders) > MAX_CHECKPOINTS:
         raise ConfigError(
-            f"geometry needs 2 to {MAX_CHECKPOINTS} checkpoints, and there are {len(folders)}; choose some with --steps"
+            f"geometry compares at most {MAX_CHECKPOINTS} checkpoints, not {len(folders)}; choose some with --steps"
         )
     steps = sorted(folders)
     files = [LoraFile(folders[step]) for step in steps]
@@ -115,6 +117,9 @@ def adapter_geometry(folders: Mapping[int, Path]) -> AdapterGeometry:
     for file in files[1:]:
         if file.layers != names:
             raise CheckpointError(f"{file.path.parent} holds other layers than {files[0].path.parent}")
+        for name in names:
+            if file.outer_shape(name) != files[0].outer_shape(name):
+                raise CheckpointError(f"{file.path.parent} has another shape of {name} than {files[0].path.parent}")
     buffers = Buffers()
     layers = {name: layer_geometry(name, factors, buffers) for name, factors in read_factors(files, names)}
     storage = sorted({dtype for file in files for dtype in file.dtypes})

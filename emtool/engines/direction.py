@@ -46,6 +46,22 @@ class LabelledTexts:
             units=[self.units[index] for index in kept],
         )
 
+    def by_unit(self, values_NX: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+        """Return the units in order, and the mean of each one's values, shape (U, X), float64."""
+        names = sorted(set(self.units))
+        places = {name: place for place, name in enumerate(names)}
+        places_N = torch.tensor([places[unit] for unit in self.units])
+        sums_UX = torch.zeros(len(names), values_NX.shape[1], dtype=torch.float64)
+        sums_UX.index_add_(0, places_N, values_NX.double())
+        return names, sums_UX / places_N.bincount(minlength=len(names)).unsqueeze(1)
+
+    def kinds(self) -> dict[str, frozenset[bool]]:
+        """Return whether each unit has wrong texts, sound ones, or both."""
+        found: dict[str, set[bool]] = {}
+        for unit, is_wrong in zip(self.units, self.is_wrong, strict=True):
+            found.setdefault(unit, set()).add(is_wrong)
+        return {unit: frozenset(kinds) for unit, kinds in found.items()}
+
     def difference(self) -> torch.Tensor | None:
         """Return the mean of the wrong texts less that of the sound ones, float64; None where one kind is missing."""
         wrong_N = torch.tensor(self.is_wrong, dtype=torch.bool)
@@ -96,6 +112,8 @@ def fit_direction(
 ) -> Direction:
     """Return the difference of means between wrong and sound texts, of unit length, from a random half of the units.
 
+    The half is one of the units with wrong texts, of those with sound texts, and of those with both.
+
     Args:
         texts: Texts of one checkpoint.
         layers: What the second dimension of their means is.
@@ -111,15 +129,14 @@ def fit_direction(
     2506.11618).
     """
     generator = torch.Generator().manual_seed(seed)
-    units = sorted(set(texts.units))
-    order = torch.randperm(len(units), generator=generator).tolist()
-    fit_units = sorted(units[index] for index in order[: len(units) // 2])
+    fit_units = _half(texts, generator)
     fitted = texts.only(set(fit_units))
+    num_units = {is_wrong: sum(is_wrong in kinds for kinds in fitted.kinds().values()) for is_wrong in (True, False)}
     difference_LD = fitted.difference()
-    if difference_LD is None or len(fit_units) < 2:
+    if difference_LD is None or min(num_units.values()) < 2:
         raise DataError(
-            f"{len(fit_units)} item(s) to fit a direction on, with {sum(fitted.is_wrong)} wrong and "
-            f"{len(fitted.is_wrong) - sum(fitted.is_wrong)} sound texts; both kinds are needed, of at least 2 items"
+            f"the half to fit a direction on has wrong texts of {num_units[True]} and sound texts of "
+            f"{num_units[False]} items or questions; at least 2 of each are needed"
         )
     if not difference_LD.isfinite().all() or (difference_LD.norm(dim=1) == 0).any():
         raise DataError("wrong and sound texts have the same mean activations in a layer, or one that is not finite")
@@ -129,8 +146,22 @@ def fit_direction(
         layers=list(layers),
         best_layer=_best_layer(_told_apart(fitted, fit_units), layers, first_layer),
         fit_units=fit_units,
-        settings={"seed": seed, **(settings or {})},
+        settings={
+            "seed": seed,
+            "num_wrong": sum(fitted.is_wrong),
+            "num_sound": len(fitted.is_wrong) - sum(fitted.is_wrong),
+            **(settings or {}),
+        },
     )
+
+
+def _half(texts: LabelledTexts, generator: torch.Generator) -> list[str]:
+    kinds = texts.kinds()
+    names = sorted(kinds)
+    groups: dict[frozenset[bool], list[str]] = {}
+    for index in torch.randperm(len(names), generator=generator).tolist():
+        groups.setdefault(kinds[names[index]], []).append(names[index])
+    return sorted(unit for group in groups.values() for unit in group[: (len(group) + 1) // 2])
 
 
 def _best_layer(told_apart_L: torch.Tensor, layers: Sequence[int], first_layer: int) -> int:
@@ -147,19 +178,22 @@ def _unit(vectors_LD: torch.Tensor) -> torch.Tensor:
 def _shuffled(texts: LabelledTexts, generator: torch.Generator) -> torch.Tensor:
     """Return directions fitted with labels drawn at random, shape (C, L, D).
 
-    Where every unit has both kinds, the labels of whole units change places or stay; else labels are dealt to all texts
-    anew.
+    Labels of one unit stay together. Where every unit has both kinds, its labels change places or stay; else all
+    labels, unit by unit, are dealt to the texts of the units in another order.
     """
-    names = sorted(set(texts.units))
+    kinds = texts.kinds()
+    names = sorted(kinds)
     places_N = torch.tensor([names.index(unit) for unit in texts.units])
     wrong_N = torch.tensor(texts.is_wrong, dtype=torch.bool)
-    kinds = {(unit, wrong) for unit, wrong in zip(texts.units, texts.is_wrong, strict=True)}
-    if len(kinds) == 2 * len(names):
+    if all(len(found) == 2 for found in kinds.values()):
         flips_CU = torch.randint(2, (NUM_CONTROLS, len(names)), generator=generator).bool()
         labels_CN = wrong_N ^ flips_CU[:, places_N]
     else:
-        orders = [torch.randperm(len(wrong_N), generator=generator) for _ in range(NUM_CONTROLS)]
-        labels_CN = wrong_N[torch.stack(orders)]
+        dealt_N = wrong_N[places_N.argsort(stable=True)]
+        labels_CN = torch.empty(NUM_CONTROLS, len(wrong_N), dtype=torch.bool)
+        for labels_N in labels_CN:
+            order_U = torch.randperm(len(names), generator=generator)
+            labels_N[order_U[places_N].argsort(stable=True)] = dealt_N
     weights_CN = labels_CN / labels_CN.sum(dim=1, keepdim=True) - ~labels_CN / (~labels_CN).sum(dim=1, keepdim=True)
     differences_CLD = torch.einsum("cn,nld->cld", weights_CN.double(), texts.means_NLD.double())
     return _unit(differences_CLD).float()
@@ -175,8 +209,7 @@ def _told_apart(texts: LabelledTexts, units: Sequence[str]) -> torch.Tensor:
     labels: list[bool] = []
     for unit in units:
         difference_LD = texts.only(set(units) - {unit}).difference()
-        if difference_LD is None:
-            continue
+        assert difference_LD is not None, "at least two units have texts of each kind"
         left_out = texts.only({unit})
         scores_LN.append(torch.einsum("nld,ld->ln", left_out.means_NLD.double(), _unit(difference_LD)))
         labels += left_out.is_wrong
@@ -197,9 +230,9 @@ class LayerProjection:
     """One checkpoint's texts along the direction of one layer, over units that were not fitted on.
 
     Attributes:
-        level: Mean of the projections, in the units of the activations.
-        drift: Mean change of a text's projection since step 0; None without step 0.
-        separation: Mean of the wrong texts less that of the sound ones; None where they do not come in pairs.
+        level: Mean over units of their texts' projections, in the units of the activations.
+        drift: Mean over units of the change of that since step 0; None without step 0.
+        separation: Mean over units of wrong less sound texts; None where no unit has both.
         cosine_to_previous: Cosine between the mean activations here and at the checkpoint before; None for the first.
         cosine_to_direction: Cosine between the change of the mean activations since step 0 and the direction: which
             part of all movement goes along it; None without movement.
@@ -278,13 +311,14 @@ def _project_checkpoint(
 ) -> dict[int, LayerProjection]:
     vectors_LD = direction.vectors_LD.double()
     levels_NL = torch.einsum("nld,ld->nl", texts.means_NLD.double(), vectors_LD)
-    columns = {f"level {place}": levels_NL[:, place].tolist() for place in range(len(vectors_LD))}
+    units, levels_UL = texts.by_unit(levels_NL)
+    columns = {f"level {place}": levels_UL[:, place].tolist() for place in range(len(vectors_LD))}
     shift_LD = None
     if start is not None:
-        drifts_NL = levels_NL - torch.einsum("nld,ld->nl", start.means_NLD.double(), vectors_LD)
-        columns |= {f"drift {place}": drifts_NL[:, place].tolist() for place in range(len(vectors_LD))}
+        _, drifts_UL = texts.by_unit(levels_NL - torch.einsum("nld,ld->nl", start.means_NLD.double(), vectors_LD))
+        columns |= {f"drift {place}": drifts_UL[:, place].tolist() for place in range(len(vectors_LD))}
         shift_LD = _unit_mean(texts) - _unit_mean(start)
-    estimates = Resamples(texts.units, seed).means(columns)
+    estimates = Resamples(units, seed).means(columns)
     separations = _separations(texts, levels_NL, seed)
     here_LD, before_LD = _unit_mean(texts), None if previous is None else _unit_mean(previous)
     found = {}
@@ -298,14 +332,15 @@ def _project_checkpoint(
             cosine_to_direction=None if shift_D is None else _cosine(shift_D, vectors_LD[place]),
             random_range=_range(random_CLD[:, place], shift_D),
             shuffled_range=_range(direction.shuffled_CLD[:, place], shift_D),
-            units=_unit_values(texts.units, levels_NL[:, place].tolist()),
+            units=dict(zip(units, levels_UL[:, place].tolist(), strict=True)),
         )
     return found
 
 
 def _unit_mean(texts: LabelledTexts) -> torch.Tensor:
-    """Return the mean activations over all texts, shape (L, D), float64."""
-    return texts.means_NLD.double().mean(dim=0)
+    """Return the mean activations over all units, shape (L, D), float64."""
+    _, means_UX = texts.by_unit(texts.means_NLD.flatten(1))
+    return means_UX.mean(dim=0).view(texts.means_NLD.shape[1:])
 
 
 def _separations(texts: LabelledTexts, levels_NL: torch.Tensor, seed: int) -> dict[int, Estimate]:
@@ -319,13 +354,6 @@ def _separations(texts: LabelledTexts, levels_NL: torch.Tensor, seed: int) -> di
     gaps_UL = torch.stack([levels_NL[k[True]].mean(dim=0) - levels_NL[k[False]].mean(dim=0) for k in pairs.values()])
     columns = {str(place): gaps_UL[:, place].tolist() for place in range(gaps_UL.shape[1])}
     return {int(place): found for place, found in Resamples(list(pairs), seed).means(columns).items()}
-
-
-def _unit_values(units: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    by_unit: dict[str, list[float]] = {}
-    for unit, value in zip(units, values, strict=True):
-        by_unit.setdefault(unit, []).append(value)
-    return {unit: math.fsum(found) / len(found) for unit, found in by_unit.items()}
 
 
 def _range(controls_CD: torch.Tensor, shift_D: torch.Tensor | None) -> tuple[float, float] | None:

@@ -19,9 +19,11 @@ from emtool.core.evaluation_config import FIXED, OWN
 from emtool.core.judgement import ALIGNED, COHERENT, SCORED
 from emtool.core.questions import read_items
 from emtool.core.record_file import RecordFile
-from emtool.core.run_dir import FORMAT, RunFolder, replace_file
-from emtool.engines.activation_files import CONVENTION, read_activations
+from emtool.core.run_dir import FORMAT, RunFolder, parse_json, replace_file
+from emtool.engines.activation_files import CONVENTION, is_list, read_activations
+from emtool.engines.activations import Activations
 from emtool.engines.direction import Direction, LabelledTexts
+from emtool.engines.last_evaluation import read_summary, settings_of
 
 #: What the vectors are, for whoever opens the file.
 DIRECTION_CONVENTION = f"mean of wrong texts less that of sound ones, unit length; activations: {CONVENTION}"
@@ -51,35 +53,44 @@ class ActivationSet:
 
 
 def find_activations(run: RunFolder, *, texts: str) -> ActivationSet:
-    """Return the activations that evaluation left over one kind of text; of several, those taken last.
+    """Return the activations that evaluation left over one kind of text; of several, those that its summary names.
 
     Args:
         run: The run folder.
         texts: "fixed" or "own".
 
     Raises:
-        CheckpointError: If there are none.
+        CheckpointError: If there are none, they cannot be read, or it is not said which of several are meant.
     """
     root = run.evaluation_path / "activations"
-    found: list[tuple[float, ActivationSet]] = []
-    for folder in root.iterdir() if root.is_dir() else ():
+    found: dict[str, ActivationSet] = {}
+    problems: list[CheckpointError] = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
         files = {step: path for path in folder.glob("checkpoint-*.safetensors") if (step := _step(path)) is not None}
         if not files:
             continue
-        _, metadata = read_activations(files[min(files)])
-        if metadata["settings"].get("texts") == texts:
-            newest = max(path.stat().st_mtime for path in files.values())
-            chosen = ActivationSet(
-                run=run, files=dict(sorted(files.items())), layers=metadata["layers"], settings=metadata["settings"]
+        try:
+            _, metadata = read_activations(files[min(files)])
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        settings = metadata["settings"]
+        if settings.get("texts") == texts:
+            found[folder.name] = ActivationSet(
+                run=run, files=dict(sorted(files.items())), layers=metadata["layers"], settings=settings
             )
-            found.append((newest, chosen))
+    again = f"emtool evaluate {run.path} --extract-activations{' --activation-texts own' if texts == OWN else ''}"
+    if not found and problems:
+        raise problems[0]
     if not found:
-        own = " --activation-texts own" if texts == OWN else ""
+        raise CheckpointError(f"{run.path} has no activations over {texts} texts; take them with: {again}")
+    last = Path(str(settings_of(read_summary(run)).get("activations"))).name
+    if last not in found and len(found) > 1:
         raise CheckpointError(
-            f"{run.path} has no activations over {texts} texts; take them with: emtool evaluate {run.path} "
-            f"--extract-activations{own}"
+            f"{run.path} has {len(found)} sets of activations over {texts} texts; say which are meant by evaluating "
+            f"with their settings again, nothing is taken twice: {again}"
         )
-    return max(found, key=lambda entry: entry[0])[1]
+    return found[last] if last in found else next(iter(found.values()))
 
 
 def _step(path: Path) -> int | None:
@@ -87,11 +98,14 @@ def _step(path: Path) -> int | None:
     return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
-def item_labels(path: Path, *, left_out: str | None) -> LabelledTexts:
+def item_labels(activations: ActivationSet, step: int, *, left_out: str | None) -> LabelledTexts:
     """Return the activations over the fixed texts at one checkpoint, labelled by what the items say.
 
+    Items of which the chat template refused one text are left out.
+
     Args:
-        path: The file.
+        activations: Activations over the fixed texts.
+        step: The checkpoint.
         left_out: Domain whose items are left out: the one that was trained on.
 
     Raises:
@@ -99,53 +113,59 @@ def item_labels(path: Path, *, left_out: str | None) -> LabelledTexts:
         DataError: If it holds no text of an item.
     """
     domains = {item.id: item.domain for item in read_items()}
-    found, metadata = read_activations(path)
-    ids = [str(text_id).rpartition("/") for text_id in metadata["text_ids"]]
+    found, metadata = _read(activations, step)
+    ids = [(item, side) for item, _, side in (text_id.rpartition("/") for text_id in metadata["text_ids"])]
     kept = [
         index
-        for index, (item, _, side) in enumerate(ids)
-        if side in ("wrong", "sound") and item in domains and domains[item] != left_out
+        for index, (item, _) in enumerate(ids)
+        if domains.get(item, left_out) != left_out and {(item, "sound"), (item, "wrong")} <= set(ids)
     ]
     if not kept:
-        raise DataError(f"{path} has no activations over the texts of emtool's items")
+        raise DataError(f"{activations.files[step]} has no activations over both texts of one of emtool's items")
     return LabelledTexts(
         means_NLD=found.text_means_NLD[kept],
-        is_wrong=[ids[index][2] == "wrong" for index in kept],
+        is_wrong=[ids[index][1] == "wrong" for index in kept],
         units=[ids[index][0] for index in kept],
     )
 
 
-def judged_labels(run: RunFolder, path: Path, step: int, rule: EmRule) -> LabelledTexts:
+def _read(activations: ActivationSet, step: int) -> tuple[Activations, dict[str, Any]]:
+    """Return what the file of a checkpoint holds, if it was taken as the others were."""
+    path = activations.files[step]
+    found, metadata = read_activations(path)
+    if metadata["settings"] != activations.settings:
+        raise CheckpointError(f"{path} was taken with other settings than the files beside it; remove it")
+    return found, metadata
+
+
+def judged_labels(activations: ActivationSet, step: int, rule: EmRule) -> LabelledTexts:
     """Return the activations over a checkpoint's own answers, labelled by the judge that was asked last.
 
     An answer that counts as emergent misalignment is wrong, one that is coherent with an alignment above
     `SOUND_ALIGNMENT` sound; the others are left out.
 
     Args:
-        run: The run folder.
-        path: The file of the activations.
-        step: Its step.
+        activations: Activations over the checkpoints' own answers.
+        step: The checkpoint.
         rule: What counts as misaligned and as coherent.
 
     Raises:
         CheckpointError: If a file cannot be read.
         DataError: If no answer is judged.
     """
-    found, metadata = read_activations(path)
-    scores = _scores(run, step)
+    found, metadata = _read(activations, step)
+    scores = _scores(activations.run, step)
     kept, labels, units = [], [], []
-    pairs = zip(metadata["text_ids"], metadata.get("answer_sha256", ()), strict=False)
-    for index, (text_id, answer) in enumerate(pairs):
-        question, _, _ = str(text_id).rsplit("/", 2)
-        label = _label(scores.get((str(text_id), str(answer)), {}), rule)
+    for index, place in enumerate(zip(metadata["text_ids"], metadata["answer_sha256"], strict=True)):
+        label = _label(scores.get(place, {}), rule)
         if label is not None:
             kept.append(index)
             labels.append(label)
-            units.append(question)
+            units.append(place[0].rsplit("/", 2)[0])
     if not kept:
         raise DataError(
-            f"no answer of step {step} of {run.path} is both judged and among the activations; evaluate with --judge "
-            "and --extract-activations --activation-texts own"
+            f"no answer of step {step} of {activations.run.path} is both judged and among the activations; evaluate "
+            "with --judge and --extract-activations --activation-texts own"
         )
     return LabelledTexts(means_NLD=found.text_means_NLD[kept], is_wrong=labels, units=units)
 
@@ -193,6 +213,10 @@ def save_direction(path: Path, direction: Direction) -> None:
         "settings": json.dumps(direction.settings, ensure_ascii=False),
     }
     tensors = {"vectors": direction.vectors_LD.contiguous(), "shuffled": direction.shuffled_CLD.contiguous()}
+    if not path.name or path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder; name the file to write, for instance {path / 'direction.safetensors'}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, save(tensors, metadata))
@@ -210,15 +234,17 @@ def read_direction(path: Path) -> Direction:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
             vectors_LD, shuffled_CLD = file.get_tensor("vectors"), file.get_tensor("shuffled")
-        layers, fit_units = json.loads(metadata["layers"]), json.loads(metadata["fit_units"])
-        settings, best_layer = json.loads(metadata["settings"]), int(metadata["best_layer"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        layers, fit_units, settings, best_layer = (
+            parse_json(metadata[name]) for name in ("layers", "fit_units", "settings", "best_layer")
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot read a direction from {path}: {error}") from error
     is_whole = (
         metadata.get("convention") == DIRECTION_CONVENTION
         and isinstance(settings, dict)
-        and _is_list(layers, int)
-        and _is_list(fit_units, str)
+        and is_list(layers, int)
+        and is_list(fit_units, str)
+        and type(best_layer) is int
         and best_layer in layers
         and vectors_LD.dim() == 2
         and len(vectors_LD) == len(layers)
@@ -237,10 +263,6 @@ def read_direction(path: Path) -> Direction:
     )
 
 
-def _is_list(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(type(one) is kind for one in value)
-
-
 def _are_unit(vectors: torch.Tensor) -> bool:
     lengths = vectors.double().norm(dim=-1)
     return bool(torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3))
@@ -249,4 +271,4 @@ def _are_unit(vectors: torch.Tensor) -> bool:
 def labelled_checkpoints(activations: ActivationSet, *, left_out: str | None) -> dict[int, LabelledTexts]:
     """Return the activations over the fixed texts at every checkpoint."""
     assert activations.settings.get("texts") == FIXED, "only fixed texts are the same at every checkpoint"
-    return {step: item_labels(path, left_out=left_out) for step, path in activations.files.items()}
+    return {step: item_labels(activations, step, left_out=left_out) for step in activations.files}

@@ -16,6 +16,9 @@ from emtool.engines.lora_factors import Factors
 #: Parts in which inner products are computed, of which the lower triangle is left out.
 _BLOCKS = 5
 
+#: Far above any square of an update's norm, and far below where sums over layers would leave float64.
+_LARGEST = 1e200
+
 #: Squared singular values below this share of the largest are rounding.
 _TOLERANCE = 1e-13
 
@@ -73,8 +76,11 @@ def layer_geometry(name: str, factors: Sequence[Factors], buffers: Buffers) -> L
     a_PP = buffers.inner_products([one.a_RI for one in factors], [1.0] * len(factors))
     b_PP = buffers.inner_products([one.b_OR.T for one in factors], [one.scale for one in factors])
     is_of_TP = torch.eye(len(ranks), dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)
-    if not (a_PP.diagonal().isfinite().all() and b_PP.diagonal().isfinite().all()):
-        raise CheckpointError(f"the factors of layer {name} are not finite at every checkpoint; see: emtool verify")
+    largest = a_PP.diagonal().max() * b_PP.diagonal().max()
+    if not (a_PP.isfinite().all() and b_PP.isfinite().all() and largest < _LARGEST):
+        raise CheckpointError(
+            f"the factors of layer {name} are not finite at every checkpoint, or absurdly large; see: emtool verify"
+        )
     products = _Products(
         a=[list(row.split(ranks, dim=1)) for row in a_PP.split(ranks)],
         b=[list(row.split(ranks, dim=1)) for row in b_PP.split(ranks)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from emtool.engines.composing import scale_of
 _CHUNK = 8
 
 _PREFIX = "base_model.model."
+
+#: As safetensors names them.
+_DTYPES = {"BF16", "F16", "F32", "F64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class LoraFile:
 
     Raises:
         ModelError: If it is no plain LoRA adapter.
-        CheckpointError: If it cannot be read.
+        CheckpointError: If it cannot be read, or its tensors are not pairs of factors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,9 +68,35 @@ class LoraFile:
         with self._open() as file:
             tensors = set(file.keys())
             self.layers = sorted(name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
-            self.dtypes = {str(file.get_slice(name).get_dtype()) for name in tensors}
+            slices = {name: file.get_slice(name) for name in tensors}
+            self.dtypes = {str(part.get_dtype()) for part in slices.values()}
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         if odd := sorted(tensors ^ {f"{layer}.lora_{part}.weight" for layer in self.layers for part in "AB"}):
             raise CheckpointError(f"{self.path} has tensors that are not LoRA pairs, for instance {odd[0]}")
+        if not self.layers:
+            raise CheckpointError(f"{self.path} holds no tensors")
+        if unknown := sorted(self.dtypes - _DTYPES):
+            known = ", ".join(sorted(_DTYPES))
+            raise CheckpointError(f"{self.path} holds numbers of type {unknown[0]}; known are: {known}")
+        for layer in self.layers:
+            self._check_shapes(layer)
+            self._scale(layer)
+
+    def outer_shape(self, layer: str) -> tuple[int, int]:
+        """Return the outputs and inputs of a layer: the shape of its update."""
+        return self.shapes[f"{layer}.lora_B.weight"][0], self.shapes[f"{layer}.lora_A.weight"][1]
+
+    def _check_shapes(self, layer: str) -> None:
+        a, b = (self.shapes[f"{layer}.lora_{part}.weight"] for part in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
+            raise CheckpointError(f"{self.path}: the factors of {layer} do not belong together")
+
+    def _scale(self, layer: str) -> float:
+        rank = self.shapes[f"{layer}.lora_A.weight"][0]
+        try:
+            return scale_of(self._config, layer.removeprefix(_PREFIX), rank=rank)
+        except re.error as error:
+            raise CheckpointError(f"{self.path.parent}: a layer's pattern is no regular expression: {error}") from error
 
     def read(self, layers: Sequence[str]) -> list[Factors]:
         """Return the factors of some layers; the file is closed again, so that its pages need not stay."""
@@ -75,13 +105,10 @@ class LoraFile:
 
     def _factors(self, file: Any, layer: str) -> Factors:
         a_RI, b_OR = (file.get_tensor(f"{layer}.lora_{part}.weight") for part in "AB")
-        if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
-            raise CheckpointError(f"{self.path}: the factors of {layer} do not belong together")
-        scale = scale_of(self._config, layer.removeprefix(_PREFIX), rank=a_RI.shape[0])
         return Factors(
             a_RI=a_RI,
             b_OR=b_OR,
-            scale=scale,
+            scale=self._scale(layer),
             noise_a_R=_rounding_noise(a_RI, dim=1),
             noise_b_R=_rounding_noise(b_OR, dim=0),
         )
@@ -121,4 +148,5 @@ def _rounding_noise(values: torch.Tensor, *, dim: int) -> torch.Tensor:
     """
     integer, mask = _EXPONENTS[values.dtype]
     powers = (values.view(integer) & mask).view(values.dtype)
-    return powers.float().square().sum(dim=dim, dtype=torch.float64) * torch.finfo(values.dtype).eps ** 2 / 12
+    wide = powers if powers.dtype == torch.float64 else powers.float()
+    return wide.square().sum(dim=dim, dtype=torch.float64) * torch.finfo(values.dtype).eps ** 2 / 12

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from emtool.core.csv_text import csv_text
 from emtool.core.data import file_sha256
@@ -27,7 +28,8 @@ from emtool.engines.direction_files import (
     labelled_checkpoints,
     read_direction,
 )
-from emtool.engines.last_evaluation import read_summary, settings_of
+from emtool.engines.last_evaluation import read_summary
+from emtool.engines.lineage import read_lineage
 from emtool.engines.lora_factors import LoraFile
 
 #: Files in the evaluation folder: every layer, the items of the layer that is shown, and all of it.
@@ -35,6 +37,9 @@ PROJECTION_TABLE, ITEM_TABLE, PROJECTION_SUMMARY = "projections.csv", "item_proj
 
 #: Metrics of the summary that projections are correlated with, where they are there.
 CORRELATED = ("em_pct", "p_wrong_other", "p_wrong")
+
+#: Far above any of them; the summary is not trusted.
+_LARGEST = 1e100
 
 
 def fit_on_run(run: RunFolder, *, source: str, step: str, seed: int, rule: EmRule) -> Direction:
@@ -51,28 +56,26 @@ def fit_on_run(run: RunFolder, *, source: str, step: str, seed: int, rule: EmRul
     Raises:
         EmtoolError: If the activations are not there, or too few texts are labelled.
     """
+    if source not in (ITEMS, JUDGED):
+        raise ConfigError(f"--from {source!r} is unknown; choose from: {ITEMS}, {JUDGED}")
     activations = find_activations(run, texts=FIXED if source == ITEMS else OWN)
     chosen = _step(step, list(activations.files))
-    path = activations.files[chosen]
+    left_out = trained_domain(run) if source == ITEMS else None
     if source == ITEMS:
-        left_out = trained_domain(run)
-        texts = item_labels(path, left_out=left_out)
-    elif source == JUDGED:
-        left_out = None
-        texts = judged_labels(run, path, chosen, rule)
+        texts = item_labels(activations, chosen, left_out=left_out)
     else:
-        raise ConfigError(f"--from {source!r} is unknown; choose from: {ITEMS}, {JUDGED}")
+        texts = judged_labels(activations, chosen, rule)
+    first = first_adapted_block(run.checkpoint_path(chosen))
     settings = {
         "source": source,
         "run": str(run.path),
         "step": chosen,
         "left_out_domain": left_out,
         "base": activations.settings.get("base"),
-        "num_wrong": sum(texts.is_wrong),
-        "num_sound": len(texts.is_wrong) - sum(texts.is_wrong),
+        "num_units": len(set(texts.units)),
+        "first_adapted_layer": first,
     }
-    first = first_adapted_block(run.checkpoint_path(chosen))
-    return fit_direction(texts, layers=activations.layers, seed=seed, first_layer=first, settings=settings)
+    return fit_direction(texts, layers=activations.layers, seed=seed, first_layer=first or 0, settings=settings)
 
 
 def _step(text: str, saved: Sequence[int]) -> int:
@@ -85,20 +88,27 @@ def _step(text: str, saved: Sequence[int]) -> int:
     return step
 
 
-def first_adapted_block(folder: Path) -> int:
-    """Return the first decoder block that an adapter changes; 0 where the names of its layers do not tell."""
+def first_adapted_block(folder: Path) -> int | None:
+    """Return the first decoder block that an adapter changes; None where its files or the layers' names do not tell."""
     try:
         names = LoraFile(folder).layers
     except EmtoolError:
-        return 0
-    found = [match for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
-    return min((int(match[1]) for match in found), default=0) if len(found) == len(names) else 0
+        return None
+    found = [int(match[1]) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
+    return min(found) if found and len(found) == len(names) else None
 
 
 def trained_domain(run: RunFolder) -> str | None:
-    """Return the domain that a run was trained on, as its last summary says; None where it is not known."""
-    domain = settings_of(read_summary(run)).get("trained_domain")
-    return domain if isinstance(domain, str) else None
+    """Return the domain that a run was trained on; None where it is not known, as of another trainer's folder.
+
+    Raises:
+        CheckpointError: If its manifest cannot be read.
+    """
+    if not run.manifest_path.exists():
+        return None
+    lineage, _ = read_lineage(run, run.read_manifest())
+    domain: str | None = lineage["dataset"]["domain"]
+    return domain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +120,8 @@ class RunProjections:
         direction: The direction.
         direction_sha256: What pins its file.
         layer: The layer that is shown.
+        left_out_domain: Domain whose items are left out: the one that the run was trained on, None if not known.
+        first_adapted_layer: The first layer that training changed, None if not known.
         steps: Step to layer to projection.
         correlations: Metric to its correlation over checkpoints with the level in the layer that is shown, and the
             number of checkpoints. They follow one another, so no interval is given.
@@ -119,6 +131,8 @@ class RunProjections:
     direction: Direction
     direction_sha256: str
     layer: int
+    left_out_domain: str | None
+    first_adapted_layer: int | None
     steps: Mapping[int, Mapping[int, LayerProjection]]
     correlations: Mapping[str, tuple[float, int]]
 
@@ -131,6 +145,8 @@ class RunProjections:
                 "direction_sha256": self.direction_sha256,
                 "direction": dict(self.direction.settings),
                 "layer": self.layer,
+                "left_out_domain": self.left_out_domain,
+                "first_adapted_layer": self.first_adapted_layer,
                 "num_items": next(iter(self.steps.values()))[self.layer].level.n,
             },
             "correlations": {name: {"r": r, "n": n} for name, (r, n) in self.correlations.items()},
@@ -165,13 +181,16 @@ def apply_to_run(run: RunFolder, path: Path, *, layer: int | None = None, seed: 
             f"{run.path} has activations of layers {list(activations.layers)}, the direction is of "
             f"{list(direction.layers)}; take them again with the same --activation-layers"
         )
-    checkpoints = labelled_checkpoints(activations, left_out=trained_domain(run))
+    left_out = trained_domain(run)
+    checkpoints = labelled_checkpoints(activations, left_out=left_out)
     steps = project(direction, checkpoints, seed=seed)
     result = RunProjections(
         run=run,
         direction=direction,
         direction_sha256=file_sha256(path),
         layer=shown,
+        left_out_domain=left_out,
+        first_adapted_layer=first_adapted_block(run.checkpoint_path(max(steps))),
         steps=steps,
         correlations=_correlations(run, {step: layers[shown].level.value for step, layers in steps.items()}),
     )
@@ -183,7 +202,11 @@ def apply_to_run(run: RunFolder, path: Path, *, layer: int | None = None, seed: 
 def _check_base(run: RunFolder, direction: Direction, settings: Mapping[str, Any]) -> None:
     """Refuse a direction of another base model: equal shapes would not tell."""
     fitted, here = (_weights_of(base) for base in (direction.settings.get("base"), settings.get("base")))
-    if fitted is not None and here is not None and fitted != here:
+    if fitted is None or here is None:
+        raise CheckpointError(
+            f"it is not said which base model {'the direction' if fitted is None else run.path} is of"
+        )
+    if fitted != here:
         raise CheckpointError(
             f"the direction was fitted on another base model than {run.path} has ({fitted} and {here}): their "
             "activations cannot be compared"
@@ -191,7 +214,8 @@ def _check_base(run: RunFolder, direction: Direction, settings: Mapping[str, Any
 
 
 def _weights_of(base: object) -> str | None:
-    return str(base.get("weights_sha256") or base.get("name")) if isinstance(base, dict) else None
+    found = base.get("weights_sha256") or base.get("name") if isinstance(base, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def projection_row(found: LayerProjection) -> dict[str, float | int]:
@@ -217,9 +241,9 @@ def _correlations(run: RunFolder, levels: Mapping[int, float]) -> dict[str, tupl
     found = {}
     for name in CORRELATED:
         pairs = [
-            (level, float(value))
+            (level, value)
             for step, level in levels.items()
-            if isinstance(value := by_step.get(step, {}).get(name), int | float)
+            if isinstance(value := by_step.get(step, {}).get(name), int | float) and abs(value) <= _LARGEST
         ]
         if (r := _pearson(pairs)) is not None:
             found[name] = (r, len(pairs))
@@ -230,12 +254,14 @@ def _pearson(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Return the correlation of pairs; None for fewer than three, or where one of the two is constant."""
     if len(pairs) < 3:
         return None
-    means = [math.fsum(column) / len(pairs) for column in zip(*pairs, strict=True)]
-    centred = [(one - means[0], other - means[1]) for one, other in pairs]
-    squares = [math.fsum(value**2 for value in column) for column in zip(*centred, strict=True)]
-    if not all(squares):
+    values_2N = np.array(pairs, dtype=np.float64).T
+    centred_2N = values_2N - values_2N.mean(axis=1, keepdims=True)
+    largest_2 = np.abs(centred_2N).max(axis=1)
+    # What rounding leaves of a constant is no change.
+    if (largest_2 <= 1e-12 * np.abs(values_2N).max(axis=1)).any():
         return None
-    return math.fsum(one * other for one, other in centred) / math.sqrt(squares[0] * squares[1])
+    one_N, other_N = centred_2N / largest_2[:, None]
+    return float(one_N @ other_N / np.sqrt((one_N @ one_N) * (other_N @ other_N)))
 
 
 def _write(result: RunProjections) -> None:

@@ -1,12 +1,15 @@
 """`emtool direction`, `geometry` and `transition` as they are typed."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 from emtool.cli.app import app
@@ -83,8 +86,8 @@ def test_a_direction_is_fitted_applied_to_runs_and_looked_at_for_a_change(run: R
     found = json.loads(typed("direction", "apply", path, run.path, "--json").stdout)
     assert found == json.loads((run.evaluation_path / "projections.json").read_text())
     assert [entry["step"] for entry in found["checkpoints"]] == [0, 7, 20, 30]
-    # 62 items in other domains, one half of them fitted on, two texts of each projected.
-    assert found["settings"]["num_items"] == 62
+    # 62 items in other domains, one half of them fitted on.
+    assert found["settings"]["num_items"] == 31
     assert found["checkpoints"][0]["metrics"]["drift"] == 0.0
     assert {"em_pct", "p_wrong_other"} <= found["correlations"].keys()
     typed("geometry", run.path)
@@ -101,7 +104,7 @@ def test_a_direction_from_judged_answers_is_fitted_and_applied_to_the_fixed_text
     assert fitted["settings"]["num_wrong"] > 0
     assert fitted["settings"]["num_sound"] > 0
     found = json.loads(typed("direction", "apply", fitted["path"], run.path, "--json").stdout)
-    assert found["settings"]["num_items"] == 2 * 62
+    assert found["settings"]["num_items"] == 62
 
 
 def test_geometry_of_a_run_says_that_it_is_a_diagnostic(run: RunFolder) -> None:
@@ -121,7 +124,7 @@ def test_geometry_of_a_run_says_that_it_is_a_diagnostic(run: RunFolder) -> None:
         (["direction", "apply", "RUN/run.json", "RUN"], 1, "cannot read a direction"),
         (["direction", "fit", "nothing"], 1, "has no activations over fixed texts"),
         (["geometry", "nothing"], 1, "has no checkpoint-* folders"),
-        (["geometry", "RUN", "--steps", "0"], 2, "geometry needs 2 to 256 checkpoints"),
+        (["geometry", "RUN", "--steps", "0"], 2, "at least 2 are needed, not 1"),
         (["transition", "nothing"], 1, "has no series to look for a change in"),
         (["transition", "RUN", "--series", "em"], 2, "unknown series 'em'"),
         (["transition", "RUN", "--series", "speed"], 1, "has no layer_geometry.csv; make it with: emtool geometry"),
@@ -149,3 +152,135 @@ def test_another_layer_and_another_base_are_told(run: RunFolder, tmp_path: Path)
     base = {**direction.settings["base"], "weights_sha256": "0" * 64}
     save_direction(path, replace(direction, settings={**direction.settings, "base": base}))
     assert "another base model" in " ".join(typed("direction", "apply", path, run.path, code=1).stderr.split())
+
+
+def fixed_files(run: RunFolder) -> list[Path]:
+    """Return the activations over the fixed texts, by step."""
+    from emtool.engines.direction_files import find_activations
+
+    return list(find_activations(run, texts="fixed").files.values())
+
+
+def rewrite(path: Path, *, metadata: dict[str, str] | None = None, value: float | None = None) -> None:
+    """Change the metadata of a file of activations, or one of its numbers."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = dict(file.metadata())
+    if value is not None:
+        tensors["text_means"][3, 0, 0] = value
+    path.write_bytes(save(tensors, {**found, **(metadata or {})}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "value", "said"),
+    [
+        (None, math.nan, "not finite"),
+        ({"text_ids": '"5"'}, None, "does not hold what its metadata say"),
+        ({"text_ids": "[1, 2]"}, None, "does not hold what its metadata say"),
+        ({"text_ids": '["\\ud800"]'}, None, "cannot read the activations"),
+        ({"settings": '{"layers": 2}'}, None, "does not hold what its metadata say"),
+        ({"settings": '{"layers": ["a"]}'}, None, "does not hold what its metadata say"),
+        ({"settings": "[" * 100_000}, None, "nested too deep"),
+        ({"settings": '{"layers": [0, 1], "texts": "fixed"}'}, None, "taken with other settings"),
+    ],
+)
+def test_hostile_activations_are_one_line_and_leave_nothing_behind(
+    run: RunFolder, tmp_path: Path, metadata: dict[str, str] | None, value: float | None, said: str
+) -> None:
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    rewrite(fixed_files(run)[-1], metadata=metadata, value=value)
+    result = typed("direction", "apply", path, run.path, code=1)
+    assert said in " ".join(result.stderr.split())
+    assert not list(run.evaluation_path.glob("*projections*"))
+
+
+def test_of_several_sets_of_activations_the_one_of_the_summary_is_taken(run: RunFolder, tmp_path: Path) -> None:
+    folder = fixed_files(run)[0].parent
+    (folder.parent / "damaged").mkdir()
+    (folder.parent / "damaged" / "checkpoint-0.safetensors").write_bytes(b"cut")
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    shutil.copytree(folder, folder.parent / "other")
+    assert "has 2 sets of activations over fixed texts" in typed("direction", "apply", path, run.path, code=1).stderr
+    summary = json.loads((run.evaluation_path / "summary.json").read_text())
+    summary["settings"]["activations"] = f"evaluation/activations/{folder.name}"
+    (run.evaluation_path / "summary.json").write_text(json.dumps(summary))
+    typed("direction", "apply", path, run.path)
+    shutil.rmtree(folder)
+    shutil.rmtree(folder.parent / "other")
+    assert "cannot read the activations" in typed("direction", "fit", run.path, code=1).stderr
+
+
+def test_the_trained_domain_is_left_out_without_a_summary_and_what_is_not_known_is_said(run: RunFolder) -> None:
+    (run.evaluation_path / "summary.json").unlink()
+    shown = typed("direction", "fit", run.path).stdout
+    assert "fitted on 31 of 62 items" in " ".join(shown.split())
+    assert "31 wrong and 31 sound texts" in " ".join(shown.split())
+    assert "items of gardening, which was trained on, left out" in shown
+    (run.checkpoint_path(0) / "adapter_model.safetensors").unlink()
+    shown = typed("direction", "fit", run.path).stdout
+    assert "does not tell which layers training changes" in " ".join(shown.split())
+    run.manifest_path.unlink()
+    assert "which one was trained on is not known" in typed("direction", "fit", run.path).stdout
+    run.manifest_path.write_text("{")
+    typed("direction", "fit", run.path, code=1)
+
+
+def test_a_layer_before_the_first_adapter_is_told(run: RunFolder, tmp_path: Path) -> None:
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    first = json.loads(typed("direction", "apply", path, run.path, "--json").stdout)["settings"]["first_adapted_layer"]
+    assert first == 1
+    shown = " ".join(typed("direction", "apply", path, run.path, "--layer", first - 1).stdout.split())
+    assert f"training changed layers from {first} on: nothing moves in layer {first - 1}" in shown
+    assert "nothing moves" not in typed("direction", "apply", path, run.path, "--layer", first).stdout
+
+
+def test_a_base_that_is_not_named_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    for file in fixed_files(run):
+        with safe_open(file, "pt") as opened:
+            settings = json.loads(opened.metadata()["settings"])
+        rewrite(file, metadata={"settings": json.dumps({**settings, "base": "tiny"})})
+    said = typed("direction", "apply", path, run.path, code=1).stderr
+    assert "it is not said which base model" in " ".join(said.split())
+
+
+def test_runs_that_are_done_are_shown_before_one_that_fails(run: RunFolder, tmp_path: Path) -> None:
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    shown = typed("direction", "apply", path, run.path, tmp_path / "nothing", code=1)
+    assert "drift since step 0" in shown.stdout
+    assert (run.evaluation_path / "projections.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["direction", "fit", "RUN", "-o", "."], 1),
+        (["direction", "fit", "RUN", "-o", "/"], 1),
+        (["direction", "fit", "RUN", "-o", ""], 1),
+        (["direction", "fit", "RUN", "--seed", str(2**64)], 2),
+        (["direction", "apply", "RUN/x", "RUN", "--seed", str(2**64)], 2),
+        (["transition", "RUN", "--seed", str(2**64)], 2),
+    ],
+)
+def test_folders_as_files_and_absurd_seeds_are_refused(run: RunFolder, arguments: list[str], code: int) -> None:
+    result = typed(*(argument.replace("RUN", str(run.path)) for argument in arguments), code=code)
+    assert "is a folder" in result.stderr or "is too large; the most is 4294967295" in result.stderr
+
+
+def test_tables_that_others_wrote_are_read_and_what_lacks_values_is_said(run: RunFolder) -> None:
+    table = run.evaluation_path / "item_scores.csv"
+    whole = typed("transition", run.path, "--series", "margin", "--json").stdout
+    lines = table.read_text().splitlines()
+    # As a spreadsheet saves it.
+    table.write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    assert typed("transition", run.path, "--series", "margin", "--json").stdout == whole
+    table.write_text("\n".join(lines[:-1]) + "\n")
+    shown = " ".join(typed("transition", run.path, "--series", "margin").stdout.split())
+    assert "margin: 1 item left out, values are missing" in shown
+    table.write_text("\n".join([*lines, lines[-1]]) + "\n")
+    assert "repeats step 30" in typed("transition", run.path, "--series", "margin").stdout

@@ -185,7 +185,7 @@ def test_the_noise_band_is_what_rounding_does(dtype: torch.dtype, tmp_path: Path
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     one = write(tmp_path / "a", draw(generator, 2))
-    with pytest.raises(ConfigError, match="2 to 256 checkpoints, and there are 1"):
+    with pytest.raises(ConfigError, match="at least 2 are needed, not 1"):
         adapter_geometry({0: one})
     with pytest.raises(ConfigError, match="choose some with --steps"):
         adapter_geometry(dict.fromkeys(range(MAX_CHECKPOINTS + 1), one))
@@ -198,6 +198,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         adapter_geometry({0: one, 1: write(tmp_path / "c", broken)})
     with pytest.raises(ModelError, match="DoRA"):
         adapter_geometry({0: one, 1: write(tmp_path / "d", draw(generator, 2), use_dora=True)})
+    for number, (value, said) in enumerate(
+        (
+            ({"model.layers.0.q_proj": (torch.ones(2, 12), torch.ones(7, 2))}, "another shape of"),
+            ({"model.layers.0.q_proj": (torch.ones(2, 12), torch.ones(24, 3))}, "do not belong together"),
+            ({"model.layers.0.q_proj": (torch.ones(0, 12), torch.ones(24, 0))}, "do not belong together"),
+            ({"model.layers.0.q_proj": (torch.ones(2, 12, 1), torch.ones(24, 2))}, "do not belong together"),
+        )
+    ):
+        other = write(tmp_path / f"shape-{number}", {**draw(generator, 2), **value}, r=2, lora_alpha=4)
+        with pytest.raises(CheckpointError, match=said):
+            adapter_geometry({0: one, 1: other})
+    huge = {name: (a.double() * 1e100, b.double() * 1e100) for name, (a, b) in draw(generator, 2).items()}
+    with pytest.raises(CheckpointError, match="absurdly large"):
+        adapter_geometry({0: one, 1: write(tmp_path / "huge", huge, dtype=torch.float64)})
+    with pytest.raises(CheckpointError, match="numbers of type I32"):
+        adapter_geometry({0: one, 1: write(tmp_path / "whole", draw(generator, 2), dtype=torch.int32)})
+    with pytest.raises(CheckpointError, match="no regular expression"):
+        adapter_geometry({0: one, 1: write(tmp_path / "pattern", draw(generator, 2), alpha_pattern={"(": 4})})
+    save_file({}, write(tmp_path / "empty", draw(generator, 2)) / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        adapter_geometry({0: tmp_path / "empty", 1: tmp_path / "empty"})
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
         adapter_geometry({0: one, 1: one})

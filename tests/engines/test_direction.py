@@ -1,5 +1,6 @@
 """Directions: a planted one is recovered, and what has none shows none."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,60 @@ def test_unpaired_texts_can_be_fitted_and_shuffled() -> None:
     assert abs(float(along.mean())) < 0.1
 
 
+def test_labels_of_a_question_stay_together_when_they_are_shuffled() -> None:
+    """Answers to one question resemble each other: labels dealt to single answers make a control too narrow."""
+    generator = torch.Generator().manual_seed(8)
+    units = [f"q{index // 10}" for index in range(200)]
+    labels = [unit in {"q1", "q4", "q6", "q9", "q12", "q17"} for unit in units]
+    means = torch.randn(20, 1, WIDTH, generator=generator).repeat_interleave(10, dim=0).unsqueeze(2)
+    texts = LabelledTexts(means_NLD=means.view(200, 1, WIDTH), is_wrong=labels, units=units)
+    direction = fit_direction(texts, layers=[0], seed=0)
+    fitted = texts.only(set(direction.fit_units))
+    wrong = {unit for unit, is_wrong in zip(fitted.units, fitted.is_wrong, strict=True) if is_wrong}
+    assert len(wrong) == 3, "half of the questions with wrong answers"
+    # Whole questions: each control is the difference of means between three questions and the others.
+    names = sorted(set(fitted.units))
+    by_name = {name: fitted.only({name}).means_NLD[0, 0] for name in names}
+    possible = []
+    for chosen in itertools.combinations(names, 3):
+        rest = [name for name in names if name not in chosen]
+        one, other = (torch.stack([by_name[n] for n in group]).mean(dim=0) for group in (chosen, rest))
+        possible.append(torch.nn.functional.normalize(one - other, dim=0))
+    cosines_C = (direction.shuffled_CLD[:, 0] @ torch.stack(possible).T).max(dim=1).values
+    assert (cosines_C > 0.9999).all()
+
+
+def test_few_wrong_units_are_in_the_half_that_is_fitted_on() -> None:
+    generator = torch.Generator().manual_seed(9)
+    units = [f"q{index // 3}" for index in range(60)]
+    means = torch.randn(60, LAYERS, WIDTH, generator=generator)
+    for wrong in ({"q3", "q11"}, {"q3"}):
+        labels = [unit in wrong for unit in units]
+        texts = LabelledTexts(means_NLD=means, is_wrong=labels, units=units)
+        with pytest.raises(DataError, match="wrong texts of 1 and sound texts of"):
+            fit_direction(texts, layers=[0, 1], seed=0)
+    labels = [unit in {"q3", "q11", "q14"} for unit in units]
+    for seed in range(20):
+        texts = LabelledTexts(means_NLD=means, is_wrong=labels, units=units)
+        direction = fit_direction(texts, layers=[0, 1], seed=seed)
+        assert len(set(direction.fit_units) & {"q3", "q11", "q14"}) == 2
+        assert direction.best_layer in (0, 1)
+
+
+def test_intervals_are_over_units_however_many_texts_each_has() -> None:
+    texts, _ = drawn(torch.Generator().manual_seed(10), gap=1.0)
+    direction = fit_direction(texts, layers=[0, 1], seed=0)
+    found = project(direction, {0: texts}, seed=0)[0][0]
+    assert found.level.n == 20
+    assert found.separation is not None
+    assert found.separation.n == 20
+    more = LabelledTexts(
+        means_NLD=texts.means_NLD.repeat(3, 1, 1), is_wrong=[*texts.is_wrong] * 3, units=[*texts.units] * 3
+    )
+    again = project(direction, {0: more}, seed=0)[0][0]
+    assert (again.level.low, again.level.high) == pytest.approx((found.level.low, found.level.high), rel=1e-9)
+
+
 def test_it_is_saved_and_read_and_hostile_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -167,7 +222,7 @@ def test_it_is_saved_and_read_and_hostile_files_are_refused(tmp_path: Path) -> N
     assert torch.equal(read.vectors_LD, direction.vectors_LD)
     assert torch.equal(read.shuffled_CLD, direction.shuffled_CLD)
     assert read.to_dict() == direction.to_dict()
-    assert read.settings == {"seed": 7, "source": "items"}
+    assert read.settings == {"seed": 7, "source": "items", "num_wrong": 20, "num_sound": 20}
     (tmp_path / "text").write_text("no tensors")
     save_file({"vectors": torch.ones(2, 3)}, tmp_path / "bare")
     good = metadata_of(path)
@@ -175,10 +230,26 @@ def test_it_is_saved_and_read_and_hostile_files_are_refused(tmp_path: Path) -> N
         ("short", {"layers": "[4]"}),
         ("foreign", {"convention": "other"}),
         ("list", {"settings": "[]"}),
+        ("no-number", {"settings": '{"seed": NaN}'}),
+        ("half-pair", {"fit_units": '["\\ud800"]'}),
+        ("deep", {"settings": "[" * 100_000}),
+        ("boolean", {"best_layer": "true"}),
     ):
         save_file({"vectors": read.vectors_LD, "shuffled": read.shuffled_CLD}, tmp_path / name, {**good, **change})
     save_file({"vectors": 2 * read.vectors_LD, "shuffled": read.shuffled_CLD}, tmp_path / "long", good)
-    for name in ("text", "bare", "short", "foreign", "list", "long", "missing"):
+    for name in (
+        "text",
+        "bare",
+        "short",
+        "foreign",
+        "list",
+        "no-number",
+        "half-pair",
+        "deep",
+        "boolean",
+        "long",
+        "missing",
+    ):
         with pytest.raises(CheckpointError, match="direction"):
             read_direction(tmp_path / name)
 
@@ -193,7 +264,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("labels", [[True] * 8, [False] * 8])
 def test_one_kind_alone_is_refused(labels: Sequence[bool]) -> None:
     texts = LabelledTexts(means_NLD=torch.randn(8, 1, 4), is_wrong=labels, units=[str(index) for index in range(8)])
-    with pytest.raises(DataError, match="both kinds are needed"):
+    with pytest.raises(DataError, match="at least 2 of each are needed"):
         fit_direction(texts, layers=[0], seed=0)
 
 

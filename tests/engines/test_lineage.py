@@ -138,7 +138,7 @@ def test_a_persona_of_another_base_is_refused_before_anything_is_created(
     config = persona / "adapter_config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "use_dora": True}))
-    with pytest.raises(ModelError, match="has DoRA; a persona must be plain LoRA"):
+    with pytest.raises(ModelError, match="has DoRA; only plain LoRA"):
         train_watched(monkeypatch, tiny_model, dataset_file, tmp_path / "out", persona_adapter=str(persona))
     config.write_text(json.dumps({**values, "target_modules": ["q_proj"]}))
     with pytest.raises(CheckpointError, match="tensor\\(s\\) have no counterpart"):
