@@ -38,6 +38,9 @@ class PlainParam:
         Raises:
             typer.BadParameter: If the text is not of that type, or the number is too small or too large.
         """
+        # A path reaches here as a text; emtool writes paths into its files, and libraries take no others.
+        if self.kind is Path and not _is_utf8(str(value)):
+            raise typer.BadParameter(f"{value!r} is not a path in UTF-8; rename it.", ctx=ctx, param=param)
         if value is None or isinstance(value, self.kind):
             return value
         try:
@@ -51,6 +54,14 @@ class PlainParam:
         if self.high is not None and read > self.high:
             raise typer.BadParameter(f"{value} is too large; the most is {self.high}.", ctx=ctx, param=param)
         return read
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _PlainParams:

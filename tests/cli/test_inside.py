@@ -126,6 +126,7 @@ def test_geometry_of_a_run_says_that_it_is_a_diagnostic(run: RunFolder) -> None:
         (["geometry", "nothing"], 1, "has no checkpoint-* folders"),
         (["geometry", "RUN", "--steps", "0"], 2, "at least 2 are needed, not 1"),
         (["transition", "nothing"], 1, "has no series to look for a change in"),
+        (["transition", "RUN\udcff"], 2, "is not a path in UTF-8"),
         (["transition", "RUN", "--series", "em"], 2, "unknown series 'em'"),
         (["transition", "RUN", "--series", "speed"], 1, "has no layer_geometry.csv; make it with: emtool geometry"),
     ],
