@@ -13,6 +13,7 @@ from emtool.cli.output import data, print_json, quiet_libraries, say
 from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.core.config import MAX_SEED
 from emtool.core.em_metrics import EmRule
+from emtool.core.evaluation_files import PROJECTION_TABLE
 from emtool.core.run_dir import RunFolder
 
 commands = typer.Typer(
@@ -76,7 +77,7 @@ def apply(
 ) -> None:
     """Project every checkpoint of runs on a direction, over the items that it was not fitted on."""
     quiet_libraries()
-    from emtool.engines.run_direction import PROJECTION_TABLE, apply_to_run
+    from emtool.engines.run_direction import apply_to_run
 
     found = []
     for run in run_paths:

@@ -10,6 +10,7 @@ import typer
 from emtool.cli.inside_view import geometry_view
 from emtool.cli.options import AsJson, OutputRoot, Steps, output_root_of
 from emtool.cli.output import data, print_json, quiet_libraries, say
+from emtool.core.evaluation_files import GEOMETRY_TABLE, LAYER_TABLE
 from emtool.core.run_dir import RunFolder, newest_run
 
 
@@ -26,7 +27,7 @@ def geometry(
     run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root_of(output_root))
     say(f"adapter of {run.path}")
     quiet_libraries()
-    from emtool.engines.run_geometry import GEOMETRY_TABLE, LAYER_TABLE, run_geometry
+    from emtool.engines.run_geometry import run_geometry
 
     result = run_geometry(run, steps=steps)
     if as_json:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from emtool.core.errors import CheckpointError, DataError, unknown_name
+from emtool.core.evaluation_files import (
+    ITEM_PROJECTION_TABLE,
+    ITEM_TABLE,
+    LAYER_TABLE,
+    QUESTION_TABLE,
+    TRANSITION_SUMMARY,
+    read_rows,
+)
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
 from emtool.core.run_lock import locked_evaluation
 from emtool.core.transition import Transition, find_transition, step_series
-
-TRANSITION_SUMMARY = "transitions.json"
-
-#: Far above any cell of these tables.
-_MAX_FIELD = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) 
         if name not in SERIES:
             raise unknown_name("series", name, SERIES)
     tables = {source.table for source in SERIES.values()}
-    rows = {table: _rows(run.evaluation_path / table) for table in sorted(tables)}
+    rows = {table: read_rows(run.evaluation_path / table) for table in sorted(tables)}
     there = [name for name, source in SERIES.items() if name in _columns(rows[source.table])]
     chosen = there if names is None else names
     if not chosen:
@@ -107,24 +108,6 @@ def _columns(rows: Sequence[Mapping[str, str]]) -> Collection[str]:
     return rows[0].keys() if rows else ()
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table, none where there is no table.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    limit = csv.field_size_limit(_MAX_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [dict(row) for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
 def write_transitions(run: RunFolder, found: RunTransitions) -> None:
     """Write `transitions.json`, whole or not at all.
 
@@ -138,9 +121,9 @@ def write_transitions(run: RunFolder, found: RunTransitions) -> None:
             raise run.write_error(error, "writing transitions") from error
 
 
-_JUDGED = SeriesSource(table="question_scores.csv", unit="question_id", made_by="emtool evaluate --judge JUDGE")
-_LIKELIHOOD = SeriesSource(table="item_scores.csv", unit="item", made_by="emtool evaluate")
-_GEOMETRY = SeriesSource(table="layer_geometry.csv", unit="layer", made_by="emtool geometry")
+_JUDGED = SeriesSource(table=QUESTION_TABLE, unit="question_id", made_by="emtool evaluate --judge JUDGE")
+_LIKELIHOOD = SeriesSource(table=ITEM_TABLE, unit="item", made_by="emtool evaluate")
+_GEOMETRY = SeriesSource(table=LAYER_TABLE, unit="layer", made_by="emtool geometry")
 
 #: Each series, by the name of its column.
 SERIES: dict[str, SeriesSource] = {
@@ -149,7 +132,7 @@ SERIES: dict[str, SeriesSource] = {
     "avg_coherent": _JUDGED,
     "p_wrong": _LIKELIHOOD,
     "margin": _LIKELIHOOD,
-    "projection": SeriesSource(table="item_projections.csv", unit="item", made_by="emtool direction apply DIRECTION"),
+    "projection": SeriesSource(table=ITEM_PROJECTION_TABLE, unit="item", made_by="emtool direction apply DIRECTION"),
     "update_norm": _GEOMETRY,
     "speed": _GEOMETRY,
 }

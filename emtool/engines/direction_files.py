@@ -16,6 +16,7 @@ from emtool.core.answers import AnswerKey, key_of
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import CheckpointError, DataError
 from emtool.core.evaluation_config import FIXED, OWN
+from emtool.core.evaluation_files import read_summary, settings_of
 from emtool.core.judgement import ALIGNED, COHERENT, SCORED
 from emtool.core.questions import read_items
 from emtool.core.record_file import RecordFile
@@ -23,7 +24,6 @@ from emtool.core.run_dir import FORMAT, RunFolder, parse_json, replace_file
 from emtool.engines.activation_files import CONVENTION, is_list, read_activations
 from emtool.engines.activations import Activations
 from emtool.engines.direction import Direction, LabelledTexts
-from emtool.engines.last_evaluation import read_summary, settings_of
 
 #: What the vectors are, for whoever opens the file.
 DIRECTION_CONVENTION = f"mean of wrong texts less that of sound ones, unit length; activations: {CONVENTION}"

@@ -13,6 +13,7 @@ from emtool.core.answers import Answer, AnswerKey
 from emtool.core.csv_text import csv_text
 from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics, question_rows
+from emtool.core.evaluation_files import CHECKPOINT_TABLE, ITEM_TABLE, SUMMARY
 from emtool.core.judgement import ALIGNED, COHERENT, ERROR, UNSCORED, Judgement
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
@@ -196,7 +197,7 @@ def write_result(
             path = folder / name
             if path.is_file() and file_sha256(path) == before[name]:
                 path.unlink()
-        write_json(folder / "summary.json", result.to_dict())
+        write_json(folder / SUMMARY, result.to_dict())
         write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": written})
     except OSError as error:
         raise result.run.write_error(error, "writing the evaluation") from error
@@ -225,7 +226,7 @@ def _tables(
     domains = {item.id: item.domain for item in items}
     tables = [
         (
-            "checkpoint_summary.csv",
+            CHECKPOINT_TABLE,
             csv_text([{"step": step, **flat(estimates)} for step, estimates in result.metrics.items()]),
         )
     ]
@@ -240,5 +241,5 @@ def _tables(
             for entry in scores
             for name, margin in entry.margins.items()
         ]
-        tables.append(("item_scores.csv", csv_text(rows)))
+        tables.append((ITEM_TABLE, csv_text(rows)))
     return tables

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emtool.core.evaluation_files import SUMMARY, read_summary, settings_of
 from emtool.core.events import EventSink, Notice
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import RunFolder, read_json
@@ -27,7 +28,7 @@ class LastEvaluation:
         self._summary = read_summary(run)
         self._settings = settings_of(self._summary)
         if self._summary is None:
-            self._warn(f"{run.evaluation_path / 'summary.json'} cannot be read; it is made anew from the records")
+            self._warn(f"{run.evaluation_path / SUMMARY} cannot be read; it is made anew from the records")
 
     def generation(self) -> dict[str, Any] | None:
         """Return what the summary says of its answers, None where it has none of this model."""
@@ -72,18 +73,3 @@ class LastEvaluation:
 
     def _warn(self, text: str) -> None:
         self._on_event(Notice(text=text, is_warning=True))
-
-
-def read_summary(run: RunFolder) -> dict[str, Any] | None:
-    """Return the last summary; empty where there is none, None where it cannot be read. It is not trusted."""
-    path = run.evaluation_path / "summary.json"
-    if not path.exists():
-        return {}
-    summary = read_json(path)
-    return summary if isinstance(summary, dict) else None
-
-
-def settings_of(summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a summary says of how it was made."""
-    settings = (summary or {}).get("settings")
-    return settings if isinstance(settings, dict) else {}

@@ -15,6 +15,13 @@ from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import CheckpointError, ConfigError, EmtoolError
 from emtool.core.evaluation_config import FIXED, OWN
+from emtool.core.evaluation_files import (
+    ITEM_PROJECTION_TABLE,
+    PROJECTION_SUMMARY,
+    PROJECTION_TABLE,
+    number,
+    read_summary,
+)
 from emtool.core.metrics import flat
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
 from emtool.core.run_lock import locked_evaluation
@@ -28,12 +35,8 @@ from emtool.engines.direction_files import (
     labelled_checkpoints,
     read_direction,
 )
-from emtool.engines.last_evaluation import read_summary
 from emtool.engines.lineage import read_lineage
 from emtool.engines.lora_factors import LoraFile
-
-#: Files in the evaluation folder: every layer, the items of the layer that is shown, and all of it.
-PROJECTION_TABLE, ITEM_TABLE, PROJECTION_SUMMARY = "projections.csv", "item_projections.csv", "projections.json"
 
 #: Metrics of the summary that projections are correlated with, where they are there.
 CORRELATED = ("em_pct", "p_wrong_other", "p_wrong")
@@ -243,7 +246,7 @@ def _correlations(run: RunFolder, levels: Mapping[int, float]) -> dict[str, tupl
         pairs = [
             (level, value)
             for step, level in levels.items()
-            if isinstance(value := by_step.get(step, {}).get(name), int | float) and abs(value) <= _LARGEST
+            if (value := number(by_step.get(step, {}).get(name))) is not None and abs(value) <= _LARGEST
         ]
         if (r := _pearson(pairs)) is not None:
             found[name] = (r, len(pairs))
@@ -278,7 +281,7 @@ def _write(result: RunProjections) -> None:
     folder = result.run.evaluation_path
     try:
         replace_file(folder / PROJECTION_TABLE, csv_text(rows).encode("utf-8"))
-        replace_file(folder / ITEM_TABLE, csv_text(items).encode("utf-8"))
+        replace_file(folder / ITEM_PROJECTION_TABLE, csv_text(items).encode("utf-8"))
         write_json(folder / PROJECTION_SUMMARY, result.to_dict())
     except OSError as error:
         raise result.run.write_error(error, "writing projections") from error

@@ -8,14 +8,12 @@ from typing import Any
 
 from emtool.core.csv_text import csv_text
 from emtool.core.errors import CheckpointError
+from emtool.core.evaluation_files import GEOMETRY_SUMMARY, GEOMETRY_TABLE, LAYER_TABLE
 from emtool.core.integrity import ADAPTER_WEIGHTS
 from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
 from emtool.core.run_lock import locked_evaluation
 from emtool.core.steps import select_steps
 from emtool.engines.adapter_geometry import AdapterGeometry, adapter_geometry
-
-#: Files in the evaluation folder: all layers together, and each layer.
-GEOMETRY_TABLE, LAYER_TABLE, GEOMETRY_SUMMARY = "geometry.csv", "layer_geometry.csv", "geometry.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,73 @@
+"""The files of an evaluation by name, and how tables and the summary are read. Nothing in them is trusted."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from emtool.core.errors import DataError
+from emtool.core.run_dir import RunFolder, read_json
+
+#: What `emtool evaluate` writes: all of it, a row a checkpoint, and a row for each question or item at each checkpoint.
+SUMMARY, CHECKPOINT_TABLE = "summary.json", "checkpoint_summary.csv"
+QUESTION_TABLE, ITEM_TABLE = "question_scores.csv", "item_scores.csv"
+
+#: What `emtool direction apply` writes: all of it, every layer, and the items of the layer that is shown.
+PROJECTION_SUMMARY, PROJECTION_TABLE = "projections.json", "projections.csv"
+ITEM_PROJECTION_TABLE = "item_projections.csv"
+
+#: What `emtool geometry` writes: all of it, all layers together, and each layer.
+GEOMETRY_SUMMARY, GEOMETRY_TABLE, LAYER_TABLE = "geometry.json", "geometry.csv", "layer_geometry.csv"
+
+#: What `emtool transition` writes.
+TRANSITION_SUMMARY = "transitions.json"
+
+#: Far above any cell of these tables.
+_MAX_FIELD = 1 << 20
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table of numbers, none where there is no table.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    limit = csv.field_size_limit(_MAX_FIELD)
+    try:
+        # As a spreadsheet saves it, there may be a mark of the byte order before the header.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return [dict(row) for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def number(cell: object) -> float | None:
+    """Return the finite number that a cell or a JSON value is, or None."""
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+        return None
+    try:
+        value = float(cell)
+    except (ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_summary(run: RunFolder) -> dict[str, Any] | None:
+    """Return the last summary; empty where there is none, None where it cannot be read."""
+    path = run.evaluation_path / SUMMARY
+    if not path.exists():
+        return {}
+    summary = read_json(path)
+    return summary if isinstance(summary, dict) else None
+
+
+def settings_of(summary: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a summary says of how it was made."""
+    settings = (summary or {}).get("settings")
+    return settings if isinstance(settings, dict) else {}
