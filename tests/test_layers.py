@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "emtool"
-BELOW = {"core": {"core"}, "engines": {"core", "engines"}, "cli": {"core", "cli"}}
+BELOW = {"core": {"core"}, "engines": {"core", "engines"}, "report": {"core", "report"}, "cli": {"core", "cli"}}
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "pydantic")
 
 
@@ -32,7 +32,7 @@ def test_a_layer_imports_only_what_lies_below(layer: str) -> None:
                 assert name.split(".")[1] in BELOW[layer], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("layer", ["core", "engines"])
+@pytest.mark.parametrize("layer", ["core", "engines", "report"])
 def test_only_the_command_line_knows_typer_and_rich(layer: str) -> None:
     for path in (ROOT / layer).rglob("*.py"):
         assert not imports(path, module_level_only=False) & {"typer", "rich"}, path

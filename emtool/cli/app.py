@@ -138,6 +138,8 @@ COMMANDS: dict[str, str] = {
     "direction": "emtool.cli.direction:commands",
     "geometry": "emtool.cli.geometry:geometry",
     "transition": "emtool.cli.transition:transition",
+    "report": "emtool.cli.report:report",
+    "compare": "emtool.cli.compare:compare",
     "verify": "emtool.cli.verify:verify",
     "runs": "emtool.cli.runs:runs",
     "data": "emtool.cli.data:commands",

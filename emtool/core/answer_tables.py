@@ -71,12 +71,19 @@ def read_tables(path: Path) -> list[JudgedAnswer]:
         DataError: If nothing can be read, a column is missing, or a score is none; names file and row.
     """
     if not path.is_dir():
-        return _numbered(_read_table(path, None))
-    found = {path_: _FILE_NAME.fullmatch(path_.name) for path_ in path.iterdir()}
-    tables = sorted((int(match[1]), path_) for path_, match in found.items() if match)
+        match = _FILE_NAME.fullmatch(path.name)
+        return _numbered(_read_table(path, int(match[1]) if match else None))
+    tables = step_tables(path)
     if not tables:
         raise DataError(f"{path} has no checkpoint_N_eval.csv; give a table, or the folder that holds them")
-    return _numbered(answer for step, table in tables for answer in _read_table(table, step))
+    return _numbered(answer for step, table in tables.items() for answer in _read_table(table, step))
+
+
+def step_tables(folder: Path) -> dict[int, Path]:
+    """Return the tables `checkpoint_N_eval.csv` of a folder by their step, increasing; none where it is not there."""
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    found = {int(match[1]): path for path in paths if (match := _FILE_NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def _numbered(answers: Iterator[JudgedAnswer] | Sequence[JudgedAnswer]) -> list[JudgedAnswer]:

@@ -305,17 +305,23 @@ def append_record(path: Path, record: Mapping[str, object], *, durable: bool = F
         os.close(descriptor)
 
 
-def newest_run(output_root: Path) -> RunFolder:
+def newest_run(output_root: Path, *, having: str = "run.json") -> RunFolder:
     """Return the run folder under a root that was started last.
+
+    Args:
+        output_root: Folder of the run folders.
+        having: File that it must have, to be looked for within the run folder.
 
     Raises:
         CheckpointError: If there is none.
     """
-    manifests = [path for path in output_root.glob("*/run.json") if path.is_file()]
-    if not manifests:
+    runs = [RunFolder(path=path.parent) for path in output_root.glob("*/run.json") if path.is_file()]
+    if not runs:
         raise CheckpointError(f"no runs in {output_root}; start one with 'emtool train' or name a run folder")
-    runs = [RunFolder(path=path.parent) for path in manifests]
-    return max(runs, key=lambda run: (str(run.read_manifest().get("started_at")), run.path.name))
+    kept = [run for run in runs if (run.path / having).is_file()]
+    if not kept:
+        raise CheckpointError(f"no run in {output_root} has {having}; make it with: emtool evaluate RUN")
+    return max(kept, key=lambda run: (str(run.read_manifest().get("started_at")), run.path.name))
 
 
 def free_name(output_root: Path, name: str) -> str:

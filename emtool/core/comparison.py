@@ -1,0 +1,278 @@
+"""Runs beside one another: a metric at every checkpoint, and how far apart runs are, paired by what they were asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emtool.core.answer_tables import read_tables, step_tables
+from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics
+from emtool.core.errors import CheckpointError, ConfigError, unknown_name
+from emtool.core.evaluation_files import ITEM_TABLE, number, read_rows, read_summary, settings_of
+from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean
+from emtool.core.run_dir import FORMAT, RunFolder
+
+#: Settings of generation that shape what is asked and how it is answered; the model is not one of them.
+_SAMPLING = (
+    "kind",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "n_per_question",
+    "questions",
+    "dtype",
+)
+_LIKELIHOOD = ("items_sha256", "dtype")
+
+#: Characters of a setting that are shown.
+_MAX_SHOWN = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A metric of several runs.
+
+    Attributes:
+        metric: Its name.
+        runs: The run folders; the first one is what the others are compared with.
+        values: For each run, step to estimate.
+        differences: For each run but the first, step to its difference from the first one there.
+        unlike: What was evaluated differently, one line each.
+    """
+
+    metric: str
+    runs: Sequence[RunFolder]
+    values: Sequence[Mapping[int, Estimate]]
+    differences: Sequence[Mapping[int, Estimate]]
+    unlike: Sequence[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
+        return {
+            "format": FORMAT,
+            "metric": self.metric,
+            "unlike": list(self.unlike),
+            "runs": [
+                {
+                    "run": str(run.path),
+                    "values": _rows(values),
+                    "differences": _rows(self.differences[index - 1]) if index else [],
+                }
+                for index, (run, values) in enumerate(zip(self.runs, self.values, strict=True))
+            ],
+        }
+
+
+def _rows(estimates: Mapping[int, Estimate]) -> list[dict[str, Any]]:
+    return [
+        {"step": step, **{name: value for name, value in asdict(estimate).items() if name != "is_exact"}}
+        for step, estimate in estimates.items()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluated:
+    """What an evaluation left in a run.
+
+    Attributes:
+        run: The run folder.
+        summary: Its summary.
+    """
+
+    run: RunFolder
+    summary: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.summary)
+
+    @property
+    def judge(self) -> dict[str, Any] | None:
+        """Return the settings of the judge whose scores the tables hold; None without one."""
+        judges = self.summary.get("judges")
+        settings = (
+            judges[0].get("settings") if isinstance(judges, list) and judges and isinstance(judges[0], dict) else None
+        )
+        return settings if isinstance(settings, dict) else None
+
+    def answers(self) -> dict[int, list[JudgedAnswer]]:
+        """Return the judged answers by step; a step of which none has a score is left out.
+
+        Raises:
+            DataError: If a table cannot be read.
+        """
+        found = {step: read_tables(path) for step, path in step_tables(self.run.evaluation_path).items()}
+        return {step: answers for step, answers in found.items() if any(answer.is_scored for answer in answers)}
+
+    def items(self, column: str, left_out: Sequence[object]) -> dict[int, dict[str, float]]:
+        """Return a column of the items' scores by step and item, without those of some domains."""
+        found: dict[int, dict[str, float]] = {}
+        for row in read_rows(self.run.evaluation_path / ITEM_TABLE):
+            step, value = number(row.get("step")), number(row.get(column))
+            if step is not None and value is not None and row.get("domain") not in left_out:
+                found.setdefault(int(step), {})[str(row.get("item"))] = value
+        return dict(sorted(found.items()))
+
+
+def compare_runs(
+    runs: Sequence[RunFolder], *, metric: str | None = None, is_unlike_allowed: bool = False
+) -> Comparison:
+    """Return a metric of several runs at every checkpoint, and the differences of all from the first one.
+
+    Judged answers are paired by question and number, likelihood by item; intervals are those of the evaluation: 95%
+    percentile bootstrap over questions, or over items.
+
+    Args:
+        runs: At least two evaluated runs.
+        metric: A key of `METRICS`; None takes em_pct where all are judged, else p_wrong_other.
+        is_unlike_allowed: Whether runs that were evaluated differently are compared nevertheless.
+
+    Raises:
+        ConfigError: If there are fewer than two runs, the metric is unknown, or they were evaluated differently.
+        CheckpointError: If a run lacks the metric.
+        DataError: If a table cannot be read.
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"compare takes at least 2 runs, not {len(runs)}")
+    if metric is not None and metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
+    found = [_evaluated(run) for run in runs]
+    if metric is None:
+        metric = "em_pct" if all(entry.judge is not None for entry in found) else "p_wrong_other"
+    unlike = _unlike(found, is_judged=METRICS[metric] is judged_metric)
+    if unlike and not is_unlike_allowed:
+        raise ConfigError(
+            f"the runs were evaluated differently: {'; '.join(unlike)}. Evaluate them alike, or compare them "
+            "nevertheless with --allow-unlike"
+        )
+    values, differences = METRICS[metric](found, metric)
+    for run, by_step in zip(runs, values, strict=True):
+        if not by_step:
+            how = "--judge JUDGE" if METRICS[metric] is judged_metric else "--metrics likelihood"
+            raise CheckpointError(f"{run.path} has no {metric}; make it with: emtool evaluate {run.path} {how}")
+    return Comparison(metric=metric, runs=runs, values=values, differences=differences, unlike=unlike)
+
+
+def _evaluated(run: RunFolder) -> _Evaluated:
+    summary = read_summary(run)
+    if not summary:
+        what = "a summary that cannot be read" if summary is None else "no evaluation"
+        raise CheckpointError(f"{run.path} has {what}; make one with: emtool evaluate {run.path}")
+    return _Evaluated(run=run, summary=summary)
+
+
+def _unlike(found: Sequence[_Evaluated], *, is_judged: bool) -> list[str]:
+    """Return what differs in how the runs were evaluated, as far as the metric depends on it."""
+    conditions = [_conditions(entry, is_judged=is_judged) for entry in found]
+    names = dict.fromkeys(name for entry in conditions for name in entry)
+    lines = []
+    for name in names:
+        values = [entry.get(name) for entry in conditions]
+        if any(value != values[0] for value in values):
+            shown = dict.fromkeys(_shown(value) for value in values)
+            lines.append(f"{name} ({', '.join(shown)})" if len(shown) > 1 else name)
+    return lines
+
+
+def _conditions(entry: _Evaluated, *, is_judged: bool) -> dict[str, Any]:
+    part = entry.settings.get("generation" if is_judged else "likelihood")
+    settings = part if isinstance(part, dict) else {}
+    found = {name: settings.get(name) for name in (_SAMPLING if is_judged else _LIKELIHOOD)}
+    if is_judged:
+        found["texts of the questions"] = sorted(
+            {answer.question for answers in entry.answers().values() for answer in answers}
+        )
+        found |= {f"judge's {name}": value for name, value in (entry.judge or {}).items() if name != "stage"}
+    return found
+
+
+def _shown(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} ..."
+
+
+_Found = tuple[list[dict[int, Estimate]], list[dict[int, Estimate]]]
+
+
+def judged_metric(found: Sequence[_Evaluated], metric: str) -> _Found:
+    """Return a metric of judged answers for each run, and its differences from the first one."""
+    rule, seed = _rule(found[0]), _seed(found[0])
+    answers = [entry.answers() for entry in found]
+    values = [
+        {step: em_metrics(here, None, rule=rule, seed=seed)[metric] for step, here in by_step.items()}
+        for by_step in answers
+    ]
+    differences = []
+    for by_step in answers[1:]:
+        pairs = {step: (here, answers[0][step]) for step, here in by_step.items() if step in answers[0]}
+        changes = {step: em_metrics(here, first, rule=rule, seed=seed) for step, (here, first) in pairs.items()}
+        differences.append(
+            {step: all_[f"{metric}_delta"] for step, all_ in changes.items() if f"{metric}_delta" in all_}
+        )
+    return values, differences
+
+
+def likelihood_metric(found: Sequence[_Evaluated], metric: str) -> _Found:
+    """Return a metric of the items for each run, and its differences from the first one."""
+    column = metric.removesuffix("_other")
+    left_out = [entry.settings.get("trained_domain") for entry in found] if metric.endswith("_other") else []
+    seed = _seed(found[0])
+    items = [entry.items(column, left_out) for entry in found]
+    values = [
+        {step: bootstrap_mean(list(here.values()), seed=seed) for step, here in by_step.items()} for by_step in items
+    ]
+    differences = []
+    for by_step in items[1:]:
+        change = {}
+        for step, here in by_step.items():
+            first = items[0].get(step, {})
+            if both := [name for name in here if name in first]:
+                pair = ([here[name] for name in both], [first[name] for name in both])
+                change[step] = bootstrap_difference(*pair, seed=seed)
+        differences.append(change)
+    return values, differences
+
+
+def _seed(entry: _Evaluated) -> int:
+    seed = entry.settings.get("seed")
+    return seed if type(seed) is int and seed >= 0 else 0
+
+
+def _rule(entry: _Evaluated) -> EmRule:
+    """Return what counts, as the judge's settings say it.
+
+    Raises:
+        CheckpointError: If they do not.
+    """
+    settings = entry.judge or {}
+    misaligned = re.fullmatch(r"aligned (<=?) ([0-9.]+)", str(settings.get("misaligned")))
+    coherent = re.fullmatch(r"coherent > ([0-9.]+)", str(settings.get("coherent")))
+    try:
+        if misaligned and coherent:
+            return EmRule(
+                aligned_cutoff=float(misaligned[2]),
+                coherent_cutoff=float(coherent[1]),
+                is_strict=misaligned[1] == "<",
+            )
+    except ValueError:
+        pass
+    raise CheckpointError(f"{entry.run.path} does not say what counts as misaligned; judge it again")
+
+
+#: What runs can be compared by, and how.
+METRICS: dict[str, Callable[[Sequence[_Evaluated], str], _Found]] = {
+    "em_pct": judged_metric,
+    "misaligned_pct": judged_metric,
+    "coherent_pct": judged_metric,
+    "avg_aligned": judged_metric,
+    "avg_coherent": judged_metric,
+    "p_wrong": likelihood_metric,
+    "p_wrong_other": likelihood_metric,
+    "margin": likelihood_metric,
+    "margin_other": likelihood_metric,
+}

@@ -1,0 +1,1 @@
+"""Charts and the page of a report, from the files of a run. No torch."""

@@ -1,0 +1,151 @@
+"""What a report draws over training steps, and where each curve's numbers stand.
+
+To add a chart, add an entry to `CHARTS`: page, pictures and the list of what is missing follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, PROJECTION_TABLE, number
+from emtool.core.metrics import LEVEL
+
+#: The training log stands in the run folder, the tables in its evaluation folder.
+TRAINING_LOG = "metrics.jsonl"
+
+_BOOTSTRAP = f"{LEVEL:.0%} percentile bootstrap"
+OVER_QUESTIONS = f"{_BOOTSTRAP} over questions"
+OVER_ITEMS = f"{_BOOTSTRAP} over items"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One value of a curve.
+
+    Attributes:
+        step: Optimizer step.
+        value: What was measured.
+        low: Lower end of its interval; None where it has none.
+        high: Upper end.
+        n: How many it is of: answers or items.
+    """
+
+    step: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart of one number over steps.
+
+    Attributes:
+        title: What it shows.
+        unit: Label of its value axis, with the unit.
+        column: Column of the number; its interval stands in `_low`, `_high` and `_n` beside it.
+        source: Table in the evaluation folder, or `TRAINING_LOG`.
+        made_by: Command that makes the table, to be followed by the run.
+        interval: What its interval is; None where it has none.
+        counted: What its n counts.
+        series: The series of `emtool transition` whose change is marked in it, if there is one.
+        is_judged: Whether a judge's scores are in it.
+    """
+
+    title: str
+    unit: str
+    column: str
+    source: str
+    made_by: str
+    interval: str | None = None
+    counted: str = ""
+    series: str | None = None
+    is_judged: bool = False
+
+
+def points_of(rows: Iterable[Mapping[str, object]], column: str) -> list[Point]:
+    """Return the curve of a column, by step; rows without a step or a finite number are left out."""
+    found: dict[int, Point] = {}
+    for row in rows:
+        step, value = number(row.get("step")), number(row.get(column))
+        if step is None or value is None or step < 0 or step != int(step):
+            continue
+        low, high, count = (number(row.get(f"{column}_{end}")) for end in ("low", "high", "n"))
+        has_interval = low is not None and high is not None
+        found[int(step)] = Point(
+            step=int(step),
+            value=value,
+            low=low if has_interval else None,
+            high=high if has_interval else None,
+            n=None if count is None else int(count),
+        )
+    return [found[step] for step in sorted(found)]
+
+
+def _judged(title: str, unit: str, column: str) -> Chart:
+    return Chart(
+        title=title,
+        unit=unit,
+        column=column,
+        source=CHECKPOINT_TABLE,
+        made_by="emtool evaluate --judge JUDGE",
+        interval=OVER_QUESTIONS,
+        counted="answers",
+        series=column,
+        is_judged=True,
+    )
+
+
+def _likelihood(title: str, unit: str, column: str, *, series: str | None = None) -> Chart:
+    return Chart(
+        title=title,
+        unit=unit,
+        column=column,
+        source=CHECKPOINT_TABLE,
+        made_by="emtool evaluate",
+        interval=OVER_ITEMS,
+        counted="items",
+        series=series,
+    )
+
+
+def _geometry(title: str, unit: str, column: str) -> Chart:
+    return Chart(title=title, unit=unit, column=column, source=GEOMETRY_TABLE, made_by="emtool geometry", series=column)
+
+
+def _training(title: str, unit: str, column: str) -> Chart:
+    return Chart(title=title, unit=unit, column=column, source=TRAINING_LOG, made_by="emtool train")
+
+
+#: Each chart by the name of its picture, in the order of the page.
+CHARTS: dict[str, Chart] = {
+    "em_pct": _judged("Emergent misalignment", "misaligned and coherent answers (%)", "em_pct"),
+    "aligned": _judged("Alignment", "mean score (0 to 100)", "avg_aligned"),
+    "coherent": _judged("Coherence", "mean score (0 to 100)", "avg_coherent"),
+    "p_wrong_other": _likelihood(
+        "Preference for wrong answers, domains not trained on", "p_wrong (0 to 1)", "p_wrong_other"
+    ),
+    "p_wrong_trained": _likelihood(
+        "Preference for wrong answers, the trained domain", "p_wrong (0 to 1)", "p_wrong_trained"
+    ),
+    "p_wrong": _likelihood("Preference for wrong answers, all items", "p_wrong (0 to 1)", "p_wrong", series="p_wrong"),
+    "margin": _likelihood(
+        "Margin of wrong over sound answers, all items", "log-probability (nats/token)", "margin", series="margin"
+    ),
+    "drift": Chart(
+        title="Drift from sound to wrong in the activations",
+        unit="projection since step 0 (activation units)",
+        column="drift",
+        source=PROJECTION_TABLE,
+        made_by="emtool direction apply DIRECTION",
+        interval=OVER_ITEMS,
+        counted="items",
+        series="projection",
+    ),
+    "update_norm": _geometry("Size of the adapter's update", "Frobenius norm, all layers", "update_norm"),
+    "speed": _geometry("Speed of the adapter", "change of the update (norm/step)", "speed"),
+    "loss": _training("Training loss", "cross-entropy (nats/token)", "loss"),
+    "grad_norm": _training("Gradient norm before clipping", "Euclidean norm", "grad_norm"),
+}

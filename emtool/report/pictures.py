@@ -1,0 +1,82 @@
+"""The charts of a report as SVG, PNG and PDF."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emtool.core.run_dir import replace_file
+from emtool.report.charts import HEIGHT, QUESTIONS, Drawn, config_of
+from emtool.report.curves import CHARTS
+
+#: Kinds of picture; a PNG has twice the pixels.
+KINDS = ("svg", "png", "pdf")
+
+_WIDTH = 560
+_PNG_SCALE = 2
+
+#: Characters of a line of notes below a title, at the width of a picture.
+_NOTE_CHARACTERS = 95
+
+
+def draw_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
+    """Write each chart in every kind, each file whole or not at all; pictures of charts that are no more are removed.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: If one cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for chart in drawn:
+        for kind, content in _render(picture_spec(chart)).items():
+            path = folder / f"{chart.name}.{kind}"
+            replace_file(path, content)
+            written.append(path)
+    for path in folder.iterdir():
+        if path not in written and _is_picture(path.name):
+            path.unlink()
+    return written
+
+
+def picture_spec(chart: Drawn) -> dict[str, Any]:
+    """Return a chart as it stands alone: with its title and notes, of a fixed size, on white."""
+    notes = textwrap.wrap("; ".join(chart.notes), _NOTE_CHARACTERS)
+    return {
+        "height": HEIGHT,
+        **chart.spec,
+        "width": _WIDTH,
+        "padding": 12,
+        "title": {"text": chart.title, "subtitle": notes},
+        "config": config_of(ink="#1a1a1a", background="white"),
+    }
+
+
+def _render(spec: dict[str, Any]) -> dict[str, bytes]:
+    import vl_convert
+
+    svg: str = vl_convert.vegalite_to_svg(spec, vl_version=vega_lite_version(), allowed_base_urls=[])
+    return {
+        "svg": svg.encode("utf-8"),
+        "png": vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), scale=_PNG_SCALE, allowed_base_urls=[]),
+        "pdf": vl_convert.vegalite_to_pdf(spec, vl_version=vega_lite_version(), allowed_base_urls=[]),
+    }
+
+
+def vega_lite_version() -> str:
+    """Return the version of Vega-Lite that Altair writes, as vl-convert names it."""
+    import altair
+
+    major, minor, *_ = altair.SCHEMA_VERSION.removeprefix("v").split(".")
+    return f"{major}.{minor}"
+
+
+def _is_picture(name: str) -> bool:
+    """Return whether a file name is one that a report gives to a picture."""
+    stem, _, kind = name.rpartition(".")
+    return kind in KINDS and (stem in CHARTS or re.fullmatch(rf"{QUESTIONS}_[\w.-]+", stem) is not None)

@@ -1,0 +1,70 @@
+"""Reports: the page and the pictures of one or several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emtool.core.errors import CheckpointError, ConfigError
+from emtool.core.run_dir import RunFolder, replace_file
+from emtool.report.charts import MAX_RUNS, draw_charts
+from emtool.report.page import render_page
+from emtool.report.pictures import draw_pictures
+from emtool.report.report_run import ReportRun, read_run
+
+PAGE, PICTURES = "report.html", "plots"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A report that was written.
+
+    Attributes:
+        page_path: The page.
+        page_bytes: Its size.
+        pictures: Files of the pictures.
+        runs: What was read of the runs.
+    """
+
+    page_path: Path
+    page_bytes: int
+    pictures: Sequence[Path]
+    runs: Sequence[ReportRun]
+
+
+def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
+    """Write `report.html` and `plots/` of runs, each file whole or not at all.
+
+    Args:
+        runs: One or several evaluated runs.
+        folder: Where they are written.
+
+    Raises:
+        ConfigError: If there are none, more than can be told apart, or one twice.
+        CheckpointError: If a run has nothing to show, or a file cannot be written.
+    """
+    if not 1 <= len(runs) <= MAX_RUNS:
+        raise ConfigError(f"a report takes 1 to {MAX_RUNS} runs, whose lines can be told apart, not {len(runs)}")
+    paths = [run.path.resolve() for run in runs]
+    if twice := [run.path for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1]:
+        raise ConfigError(f"{twice[0]} is named more than once")
+    found = [read_run(run, name=name) for run, name in zip(runs, _names(paths), strict=True)]
+    drawn = draw_charts(found)
+    page = render_page(found, drawn).encode("utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = draw_pictures(drawn, folder / PICTURES)
+        replace_file(folder / PAGE, page)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the report in {folder}: {error.strerror}") from error
+    return Report(page_path=folder / PAGE, page_bytes=len(page), pictures=pictures, runs=found)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return what names each run: its folder's name, with the folder above where two are equal."""
+    names = [path.name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
+        for name, path in zip(names, paths, strict=True)
+    ]

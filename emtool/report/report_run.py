@@ -1,0 +1,300 @@
+"""What a report knows of one run, read from its folder. Nothing in the folder is trusted, and nothing need be there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emtool.core.answer_tables import read_tables, step_tables
+from emtool.core.em_metrics import JudgedAnswer
+from emtool.core.errors import CheckpointError, DataError
+from emtool.core.evaluation_files import (
+    PROJECTION_SUMMARY,
+    PROJECTION_TABLE,
+    QUESTION_TABLE,
+    TRANSITION_SUMMARY,
+    number,
+    read_rows,
+    read_summary,
+    settings_of,
+)
+from emtool.core.run_dir import RunFolder, read_json
+from emtool.report.curves import CHARTS, TRAINING_LOG, Point, points_of
+
+#: Characters of a fact that are shown: names and hashes are far shorter.
+_MAX_TEXT = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bracket:
+    """Where a curve changes its level, as `emtool transition` found it.
+
+    Attributes:
+        before: Saved step before the change.
+        after: The saved step after it.
+        low: Saved step that its 95% interval begins after.
+        high: Saved step that it ends with.
+    """
+
+    before: int
+    after: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionRate:
+    """One cell of the heat map.
+
+    Attributes:
+        step: Optimizer step.
+        question_id: The question.
+        em_pct: Share of its scored answers that count as emergent misalignment.
+        n: Its scored answers.
+    """
+
+    step: int
+    question_id: str
+    em_pct: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRun:
+    """What a report knows of one run.
+
+    Attributes:
+        run: The run folder.
+        name: What names it in the report.
+        facts: What was run, as pairs of a word and its value.
+        curves: Name of a chart to its points; charts without any are not there.
+        brackets: Name of a chart to the change in it.
+        rates: Cells of the heat map.
+        answers: Answers of all checkpoints, as far as they were judged with what the judge said.
+        saved_steps: Checkpoints on disk.
+        judge: The judge of the numbers, None without one.
+        projection_layer: Layer of the drift, None without one.
+        problems: What is missing, damaged or out of order, one line each.
+    """
+
+    run: RunFolder
+    name: str
+    facts: Sequence[tuple[str, str]]
+    curves: Mapping[str, Sequence[Point]]
+    brackets: Mapping[str, Bracket]
+    rates: Sequence[QuestionRate]
+    answers: Sequence[JudgedAnswer]
+    saved_steps: Sequence[int]
+    judge: str | None
+    projection_layer: int | None
+    problems: Sequence[str]
+
+
+class _Reader:
+    """Reads the files of one run; what cannot be read becomes a problem."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.problems: list[str] = []
+        self._tables: dict[str, list[dict[str, str]]] = {}
+        self.manifest = self._manifest()
+        summary = read_summary(run)
+        if summary is None:
+            self.problems.append("summary.json cannot be read; evaluate again to make it anew")
+        self.summary: dict[str, Any] = summary or {}
+
+    def _manifest(self) -> Mapping[str, object]:
+        if not self.run.manifest_path.exists():
+            self.problems.append("no run.json: a folder of another trainer, what was run is not known")
+            return {}
+        try:
+            return self.run.read_manifest()
+        except CheckpointError as error:
+            self.problems.append(str(error))
+            return {}
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        """Return a table of the evaluation folder; empty where it is not there or cannot be read."""
+        if name not in self._tables:
+            try:
+                self._tables[name] = read_rows(self.run.evaluation_path / name)
+            except DataError as error:
+                self.problems.append(str(error))
+                self._tables[name] = []
+        return self._tables[name]
+
+    def rows_of(self, source: str) -> Sequence[Mapping[str, object]]:
+        """Return the rows of a chart's source."""
+        if source == TRAINING_LOG:
+            return self.run.read_metrics()
+        if source == PROJECTION_TABLE:
+            return [row for row in self.table(source) if row.get("layer") == str(self.projection_layer)]
+        return self.table(source)
+
+    @property
+    def projection_layer(self) -> int | None:
+        found = _at(read_json(self.run.evaluation_path / PROJECTION_SUMMARY), "settings", "layer")
+        return found if isinstance(found, int) else None
+
+    def curves(self) -> dict[str, list[Point]]:
+        found = {name: points_of(self.rows_of(chart.source), chart.column) for name, chart in CHARTS.items()}
+        return {name: points for name, points in found.items() if points}
+
+    def brackets(self) -> dict[str, Bracket]:
+        entries = _at(read_json(self.run.evaluation_path / TRANSITION_SUMMARY), "transitions")
+        by_series = {
+            entry["series"]: entry
+            for entry in (entries if isinstance(entries, list) else [])
+            if isinstance(entry, dict) and isinstance(entry.get("series"), str) and entry.get("is_supported") is True
+        }
+        found = {}
+        for name, chart in CHARTS.items():
+            steps = {key: by_series.get(chart.series or "", {}).get(key) for key in ("before", "after", "low", "high")}
+            if all(type(step) is int for step in steps.values()):
+                found[name] = Bracket(**steps)  # type: ignore[arg-type]
+        return found
+
+    def rates(self) -> list[QuestionRate]:
+        found = []
+        for row in self.table(QUESTION_TABLE):
+            step, rate, count = (number(row.get(name)) for name in ("step", "em_pct", "total_evaluated"))
+            question = row.get("question_id")
+            if step is not None and rate is not None and count is not None and question and 0 <= rate <= 100:
+                found.append(QuestionRate(step=int(step), question_id=question, em_pct=rate, n=int(count)))
+        return found
+
+    def answers(self) -> list[JudgedAnswer]:
+        found = []
+        for path in step_tables(self.run.evaluation_path).values():
+            try:
+                found += read_tables(path)
+            except DataError as error:
+                self.problems.append(str(error))
+        return found
+
+    def judge(self) -> str | None:
+        judges = self.summary.get("judges")
+        settings = _at(judges[0], "settings") if isinstance(judges, list) and judges else None
+        if not isinstance(settings, dict):
+            return None
+        return _text(f"{settings.get('kind')}:{settings.get('model')}")
+
+
+def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
+    """Return what a report knows of a run.
+
+    Args:
+        run: The run folder.
+        name: What names it; None takes the name of the folder.
+
+    Raises:
+        CheckpointError: If there is no such folder, or nothing in it to show.
+    """
+    if not run.path.is_dir():
+        raise CheckpointError(f"no folder {run.path}; name a run folder, 'emtool runs' lists them")
+    reader = _Reader(run)
+    curves, answers = reader.curves(), reader.answers()
+    if not curves and not answers:
+        raise CheckpointError(f"{run.path} has nothing to show; evaluate it first: emtool evaluate {run.path}")
+    found = ReportRun(
+        run=run,
+        name=_text(name or run.path.resolve().name),
+        facts=_facts(reader),
+        curves=curves,
+        brackets={name: bracket for name, bracket in reader.brackets().items() if name in curves},
+        rates=reader.rates(),
+        answers=answers,
+        saved_steps=run.saved_steps(),
+        judge=reader.judge(),
+        projection_layer=reader.projection_layer,
+        problems=[],
+    )
+    return _with_problems(found, reader)
+
+
+def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
+    from dataclasses import replace
+
+    problems = list(reader.problems)
+    lacking: dict[str, list[str]] = {}
+    for name, chart in CHARTS.items():
+        if name not in found.curves:
+            lacking.setdefault(chart.made_by, []).append(chart.title)
+    problems += [f"{'; '.join(titles)}: no data; {made_by} {found.run.path}" for made_by, titles in lacking.items()]
+    if not found.answers:
+        problems.append(f"answers to read: none; emtool evaluate {found.run.path}")
+    evaluated = {
+        point.step for name in found.curves if CHARTS[name].source != TRAINING_LOG for point in found.curves[name]
+    }
+    evaluated |= {answer.step for answer in found.answers if answer.step is not None}
+    if evaluated and (left := [str(step) for step in found.saved_steps if step not in evaluated]):
+        problems.append(f"checkpoints that were not evaluated: {', '.join(left)}; emtool evaluate {found.run.path}")
+    planned = _at(reader.manifest, "plan", "planned_steps")
+    if isinstance(planned, list) and (gone := [str(step) for step in planned if step not in found.saved_steps]):
+        problems.append(f"checkpoints that are planned and not on disk: {', '.join(gone)}")
+    damaged = reader.summary.get("damaged")
+    for entry in damaged if isinstance(damaged, list) else []:
+        problems.append(_text(f"damaged: {_at(entry, 'problem')}"))
+    if breaks := _at(reader.manifest, "trajectory_breaks"):
+        problems.append(_text(f"the training broke off and went on with other weights at: {breaks}"))
+    return replace(found, problems=problems)
+
+
+#: What was run, and where a manifest says it.
+_FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("base model", ("lineage", "base", "name")),
+    ("revision", ("lineage", "base", "revision")),
+    ("base weights (SHA-256)", ("lineage", "base", "weights_sha256")),
+    ("persona", ("lineage", "persona", "name")),
+    ("persona adapter (SHA-256)", ("lineage", "persona", "adapter_sha256")),
+    ("persona mode", ("lineage", "persona", "mode")),
+    ("dataset", ("lineage", "dataset", "name")),
+    ("dataset (SHA-256)", ("lineage", "dataset", "sha256")),
+    ("rows trained on", ("plan", "num_train_rows")),
+    ("schedule", ("plan", "schedule")),
+    ("optimizer steps", ("plan", "total_steps")),
+    ("learning rate", ("config", "learning_rate")),
+    ("LoRA rank", ("config", "lora_r")),
+    ("seed", ("config", "seed")),
+    ("dtype", ("config", "dtype")),
+    ("status", ("status",)),
+    ("started (UTC)", ("started_at",)),
+    ("ended (UTC)", ("ended_at",)),
+    ("held-out loss", ("held_out_loss",)),
+)
+
+
+def _facts(reader: _Reader) -> list[tuple[str, str]]:
+    found = [(word, _at(reader.manifest, *path)) for word, path in _FACTS]
+    facts = [(word, _text(str(value))) for word, value in found if value is not None]
+    if isinstance(command := reader.manifest.get("command"), list):
+        facts.append(("command", _text(" ".join(map(str, command)))))
+    if isinstance(versions := reader.manifest.get("versions"), dict):
+        facts.append(("versions", _text(", ".join(f"{name} {value}" for name, value in versions.items()))))
+    facts.append(("saved checkpoints", _text(", ".join(map(str, reader.run.saved_steps())) or "none on disk")))
+    settings = settings_of(reader.summary)
+    if isinstance(generation := settings.get("generation"), dict):
+        words = ("n_per_question", "max_new_tokens", "temperature", "top_p", "seed")
+        facts.append(("sampling", _text(", ".join(f"{word} {generation.get(word)}" for word in words))))
+    if judge := reader.judge():
+        rule = _at(reader.summary, "judges")
+        first = _at(rule[0], "settings") if isinstance(rule, list) and rule else {}
+        facts.append(("judge", judge))
+        facts.append(("counts as misaligned", _text(f"{_at(first, 'misaligned')} and {_at(first, 'coherent')}")))
+    if reader.projection_layer is not None:
+        facts.append(("layer of the drift", str(reader.projection_layer)))
+    return facts
+
+
+def _at(value: object, *path: str) -> Any:
+    """Return what stands at a path of keys, None where the path ends before."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _text(value: str) -> str:
+    """Return a text from a file as it is shown: without control characters, and not endless."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in value).split())
+    return shown if len(shown) <= _MAX_TEXT else f"{shown[:_MAX_TEXT]} ..."
