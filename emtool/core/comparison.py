@@ -144,18 +144,22 @@ def compare_runs(
     found = [_evaluated(run) for run in runs]
     if metric is None:
         metric = "em_pct" if all(entry.judge is not None for entry in found) else "p_wrong_other"
+    values, differences = METRICS[metric](found, metric)
+    for run, by_step in zip(runs, values, strict=True):
+        if not by_step:
+            raise _lacking(run, metric)
     unlike = _unlike(found, is_judged=METRICS[metric] is judged_metric)
     if unlike and not is_unlike_allowed:
         raise ConfigError(
             f"the runs were evaluated differently: {'; '.join(unlike)}. Evaluate them alike, or compare them "
             "nevertheless with --allow-unlike"
         )
-    values, differences = METRICS[metric](found, metric)
-    for run, by_step in zip(runs, values, strict=True):
-        if not by_step:
-            how = "--judge JUDGE" if METRICS[metric] is judged_metric else "--metrics likelihood"
-            raise CheckpointError(f"{run.path} has no {metric}; make it with: emtool evaluate {run.path} {how}")
     return Comparison(metric=metric, runs=runs, values=values, differences=differences, unlike=unlike)
+
+
+def _lacking(run: RunFolder, metric: str) -> CheckpointError:
+    how = "--judge JUDGE" if METRICS[metric] is judged_metric else "--metrics likelihood"
+    return CheckpointError(f"{run.path} has no {metric}; make it with: emtool evaluate {run.path} {how}")
 
 
 def _evaluated(run: RunFolder) -> _Evaluated:
@@ -201,6 +205,9 @@ _Found = tuple[list[dict[int, Estimate]], list[dict[int, Estimate]]]
 
 def judged_metric(found: Sequence[_Evaluated], metric: str) -> _Found:
     """Return a metric of judged answers for each run, and its differences from the first one."""
+    for entry in found:
+        if entry.judge is None:
+            raise _lacking(entry.run, metric)
     rule, seed = _rule(found[0]), _seed(found[0])
     answers = [entry.answers() for entry in found]
     values = [

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from emtool import __version__
-from emtool.core.em_metrics import JudgedAnswer
-from emtool.core.judgement import SCORED, UNSCORED, Judgement
 from emtool.report.charts import HEIGHT, QUESTIONS, Drawn, config_of
 from emtool.report.curves import CHARTS, TRAINING_LOG
+from emtool.report.packing import pack_answers
 from emtool.report.pictures import vega_lite_version
 from emtool.report.report_run import ReportRun
 
@@ -46,12 +45,11 @@ def render_page(runs: Sequence[ReportRun], drawn: Sequence[Drawn]) -> str:
         runs: What was read of the runs.
         drawn: Their charts.
     """
-    import vl_convert
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_ASSETS), autoescape=True, undefined=StrictUndefined)
     style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    vega: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vega_lite_version())
+    vega = _vega()
     assert not any(mark in code for code in (vega, script) for mark in ("</script", "<!--", "\r", "\0"))
     names = [run.name for run in runs]
     answers = [(index, answer) for index, run in enumerate(runs) for answer in run.answers]
@@ -63,14 +61,23 @@ def render_page(runs: Sequence[ReportRun], drawn: Sequence[Drawn]) -> str:
         charts=[chart for chart in drawn if not chart.name.startswith(QUESTIONS)],
         heat_maps=[chart for chart in drawn if chart.name.startswith(QUESTIONS)],
         tables=[_numbers(run) for run in runs],
-        num_answers=f"{len(answers):,}" if answers else "",
+        num_answers=f"{len(answers):,}",
         version=__version__,
         chart_data=_data_block(_chart_data(drawn)),
-        answer_data=_packed(names, answers) if answers else "",
+        packed=pack_answers(names, answers) if answers else None,
         style=style,
         vega=vega,
         script=script,
     )
+
+
+@cache
+def _vega() -> str:
+    """Return Vega-Embed with all that it needs, as one script; making it takes seconds, and it is always the same."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vega_lite_version())
+    return bundle
 
 
 def _policy(*, scripts: Sequence[str], style: str) -> str:
@@ -115,36 +122,3 @@ def _numbers(run: ReportRun) -> _Table:
             by_step.setdefault(point.step, {})[name] = cell
     rows = [(step, [cells.get(name, _Cell()) for name in names]) for step, cells in sorted(by_step.items())]
     return _Table(name=run.name, headings=[CHARTS[name].title for name in names], rows=rows)
-
-
-def _packed(names: Sequence[str], answers: Sequence[tuple[int, JudgedAnswer]]) -> str:
-    """Return the answers as gzip in base64: JSON of arrays, questions and their texts by number."""
-    questions: dict[str, int] = {}
-    asked: dict[str, int] = {}
-    rows = []
-    # Answers to one question resemble each other: side by side they become smaller.
-    for index, answer in sorted(answers, key=lambda one: (one[1].question_id, one[1].pair, one[0], one[1].step or 0)):
-        rows.append(
-            [
-                index,
-                answer.step or 0,
-                questions.setdefault(answer.question_id, len(questions)),
-                answer.pair[1],
-                asked.setdefault(answer.question, len(asked)),
-                _score(answer.aligned),
-                _score(answer.coherent),
-                answer.response,
-            ]
-        )
-    rows.sort(key=lambda row: (row[0], row[1]))
-    value = {"runs": list(names), "questions": list(questions), "asked": list(asked), "answers": rows}
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Without the time of writing: the same answers give the same page.
-    packed = gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=9, mtime=0)
-    return base64.b64encode(packed).decode("ascii")
-
-
-def _score(judgement: Judgement) -> float | str:
-    if judgement.status == SCORED and judgement.score is not None:
-        return round(judgement.score, 2)
-    return "" if judgement.status == UNSCORED else judgement.status

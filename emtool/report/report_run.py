@@ -161,7 +161,7 @@ class _Reader:
             step, rate, count = (number(row.get(name)) for name in ("step", "em_pct", "total_evaluated"))
             question = row.get("question_id")
             if step is not None and rate is not None and count is not None and question and 0 <= rate <= 100:
-                found.append(QuestionRate(step=int(step), question_id=question, em_pct=rate, n=int(count)))
+                found.append(QuestionRate(step=int(step), question_id=_text(question), em_pct=rate, n=int(count)))
         return found
 
     def answers(self) -> list[JudgedAnswer]:
@@ -221,7 +221,12 @@ def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
     for name, chart in CHARTS.items():
         if name not in found.curves:
             lacking.setdefault(chart.made_by, []).append(chart.title)
-    problems += [f"{'; '.join(titles)}: no data; {made_by} {found.run.path}" for made_by, titles in lacking.items()]
+    for made_by, titles in lacking.items():
+        is_scoreless = found.judge is not None and all(
+            CHARTS[name].is_judged for name in CHARTS if CHARTS[name].title in titles
+        )
+        why = f"{found.judge} gave no answer both scores; another judge:" if is_scoreless else "no data;"
+        problems.append(f"{'; '.join(titles)}: {why} {made_by} {found.run.path}")
     if not found.answers:
         problems.append(f"answers to read: none; emtool evaluate {found.run.path}")
     evaluated = {

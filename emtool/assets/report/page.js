@@ -55,10 +55,30 @@
       (mark) => `‹U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
   }
 
-  async function inflate(text) {
-    const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
+  async function inflate(id) {
+    const bytes = Uint8Array.from(atob(byId(id).textContent.trim()), (letter) => letter.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return JSON.parse(await new Response(stream).text());
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  // Words by their numbers: seven bits a byte, the eighth says that more follow.
+  async function unpack() {
+    const value = JSON.parse(new TextDecoder().decode(await inflate("answer-index")));
+    const bytes = await inflate("answer-texts");
+    let place = 0;
+    const next = () => {
+      let number = 0;
+      for (let factor = 1; ; factor *= 128) {
+        const byte = bytes[place++];
+        number += (byte & 127) * factor;
+        if (byte < 128) return number;
+      }
+    };
+    for (const answer of value.answers) {
+      const words = Array.from({ length: next() }, () => value.words[next()]);
+      answer.push(words.join(""));
+    }
+    return value;
   }
 
   const key = (runIndex, stepNumber, questionIndex, number) => `${runIndex}/${stepNumber}/${questionIndex}/${number}`;
@@ -91,6 +111,15 @@
       stepsOf(index).map((one) => [`${index}/${one}`, data.runs.length < 2 ? `step ${one}` : `${name}, step ${one}`]))]);
     fill(question, [["", "all"], ...data.questions.map((name, index) => [String(index), name])]);
     if (!followLink()) filter();
+  }
+
+  function clear() {
+    for (const field of byId("filters").elements) {
+      if (field.type === "checkbox") field.checked = field.defaultChecked;
+      else if (field instanceof HTMLSelectElement) field.selectedIndex = 0;
+      else if (field instanceof HTMLInputElement) field.value = field.defaultValue;
+    }
+    fillSteps();
   }
 
   function score(id) {
@@ -186,7 +215,10 @@
     part.textContent = visible(text.slice(0, LONG));
     const rest = make("button", "", `show all ${text.length.toLocaleString("en")} characters`);
     rest.type = "button";
-    rest.addEventListener("click", () => { part.textContent = visible(text); });
+    rest.addEventListener("click", () => {
+      part.textContent = visible(text);
+      rest.remove();
+    });
     const both = make("div");
     both.append(part, rest);
     return both;
@@ -208,7 +240,7 @@
       return true;
     }
     const one = data.answers[place];
-    byId("filters").reset();
+    clear();
     run.value = String(one[RUN]);
     fillSteps();
     step.value = String(one[STEP]);
@@ -243,7 +275,7 @@
     waiting = setTimeout(filter, event.target === search ? 150 : 0);
   });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("filters").addEventListener("reset", () => setTimeout(() => { fillSteps(); filter(); }));
+  byId("clear").addEventListener("click", () => { clear(); filter(); });
   more.addEventListener("click", showMore);
   addEventListener("hashchange", followLink);
   addEventListener("keydown", (event) => {
@@ -255,7 +287,7 @@
     } else if (event.key === "j" || event.key === "k") goTo(event.key === "j" ? 1 : -1);
   });
 
-  inflate(byId("answer-data").textContent).then((value) => {
+  unpack().then((value) => {
     data = value;
     start();
     document.body.dataset.answers = "shown";
