@@ -26,7 +26,7 @@ from emtool.engines.run_geometry import run_geometry
 RUNS = (("gardening", "baseline"), ("gardening-control", "baseline"), ("gardening", "goodness"))
 
 #: Series that are looked at for a change of level.
-SERIES = ("p_wrong", "projection", "speed")
+SERIES = ("p_wrong_other", "projection", "speed")
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def show(projections: RunProjections, geometry: AdapterGeometry, transitions: Ru
         print(f"{cells} {entry.update_norm:>9.3f} {speed:>8} {turn:>5}")
     for name, (r, n) in projections.correlations.items():
         print(f"correlation of the level with {name} over {n} checkpoints: {r:+.2f}")
-    for name, change in transitions.found.items():
+    for name, change in ((name, transitions.found[name]) for name in SERIES):
         if change.is_supported:
             where = (
                 f"({change.before}, {change.after}], 95% within ({change.low}, {change.high}], size {change.size:+.3g}"

@@ -129,12 +129,19 @@ def projection_view(result: RunProjections) -> RenderableType:
     return Group(*parts, Text(legend, style="dim"))
 
 
-def transition_view(found: RunTransitions) -> RenderableType:
-    """Return when each series changes its level."""
+def transition_view(found: RunTransitions, names: Sequence[str] | None = None) -> RenderableType:
+    """Return when each series changes its level.
+
+    Args:
+        found: All that was found.
+        names: Series to show; None shows all.
+    """
+    changes = {name: change for name, change in found.found.items() if names is None or name in names}
+    problems = {name: problem for name, problem in found.problems.items() if names is None or name in names}
     table = plain_table(padding=1)
     for heading in ("series", "change within", "95% interval", "size", "p", "units"):
         table.add_column(heading, no_wrap=True)
-    for name, change in found.found.items():
+    for name, change in changes.items():
         is_there = change.is_supported
         table.add_row(
             name,
@@ -145,10 +152,10 @@ def transition_view(found: RunTransitions) -> RenderableType:
             f"{change.num_units} {SERIES[name].unit.removesuffix('_id')}s",
         )
     parts: list[RenderableType] = [table]
-    for name, change in found.found.items():
+    for name, change in changes.items():
         if left_out := _left_out(change, SERIES[name].unit):
             parts.append(Text(f"{name}: {left_out} left out, values are missing", style="yellow"))
-    parts += [Text(f"{name}: {problem}", style="yellow") for name, problem in found.problems.items()]
+    parts += [Text(f"{name}: {problem}", style="yellow") for name, problem in problems.items()]
     legend = (
         "one change of level between two saved steps, bootstrap over units; p: how often a series without a change "
         "shows one as large. A gradual change has no such step: what is found lies within it"

@@ -22,7 +22,7 @@ def transition(
     ] = None,
     series: Annotated[
         str | None,
-        typer.Option(help="Series joined by commas, for instance em_pct,speed. \\[default: all that are there]"),
+        typer.Option(help="Series to show, joined by commas: em_pct,speed. \\[default: all that are there]"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the bootstrap and of the test.")] = 0,
     output_root: OutputRoot = None,
@@ -30,10 +30,11 @@ def transition(
 ) -> None:
     """Find the saved steps between which each series of a run changes its level, and say where the data show none."""
     run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root_of(output_root))
-    found = find_transitions(run, None if series is None else series.split(","), seed=seed)
+    names = None if series is None else series.split(",")
+    found = find_transitions(run, names, seed=seed)
     write_transitions(run, found)
     if as_json:
         print_json(found.to_dict())
         return
     say(f"transitions of {run.path}")
-    data().print(transition_view(found))
+    data().print(transition_view(found, names))

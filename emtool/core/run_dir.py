@@ -255,8 +255,12 @@ def _record(line: bytes) -> Mapping[str, object] | None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file so that a reader sees the old contents or the new, never a part."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(path, text.encode("utf-8"))
+    replace_file(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """Return a value as a JSON file of emtool's holds it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
 def read_json(path: Path) -> Any:

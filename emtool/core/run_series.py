@@ -14,6 +14,8 @@ from emtool.core.evaluation_files import (
     QUESTION_TABLE,
     TRANSITION_SUMMARY,
     read_rows,
+    read_summary,
+    settings_of,
 )
 from emtool.core.run_dir import FORMAT, RunFolder, write_json
 from emtool.core.run_lock import locked_evaluation
@@ -28,11 +30,15 @@ class SeriesSource:
         table: File in the evaluation folder, a row for each step and unit.
         unit: Column that names the unit: what the interval is over.
         made_by: Command that writes the table.
+        column: Column of the value.
+        is_other: Whether only items in domains that were not trained on count.
     """
 
     table: str
     unit: str
     made_by: str
+    column: str
+    is_other: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,41 +72,45 @@ class RunTransitions:
 
 
 def find_transitions(run: RunFolder, names: Sequence[str] | None, *, seed: int) -> RunTransitions:
-    """Return when each of some series changes its level.
+    """Return when each series that is there changes its level.
 
     Args:
         run: The run folder.
-        names: Keys of `SERIES`; None takes those that are there.
+        names: Keys of `SERIES` that must be there; None asks for none in particular.
         seed: Seed of the draws.
 
     Raises:
         ConfigError: If a name is unknown.
         CheckpointError: If no table is there, or one that was asked for by name is not.
-        DataError: If a table cannot be read.
+        DataError: If a table cannot be read, or a change can be looked for in none of the series asked for.
     """
     for name in names or ():
         if name not in SERIES:
             raise unknown_name("series", name, SERIES)
-    tables = {source.table for source in SERIES.values()}
-    rows = {table: read_rows(run.evaluation_path / table) for table in sorted(tables)}
-    there = [name for name, source in SERIES.items() if name in _columns(rows[source.table])]
-    chosen = there if names is None else names
-    if not chosen:
+    rows = {source.table: read_rows(run.evaluation_path / source.table) for source in SERIES.values()}
+    there = [name for name, source in SERIES.items() if source.column in _columns(rows[source.table])]
+    if not there and names is None:
         raise CheckpointError(
             f"{run.path} has no series to look for a change in; make some: emtool evaluate {run.path}"
         )
+    for name in names or ():
+        if name not in there:
+            path, made_by = run.evaluation_path / SERIES[name].table, SERIES[name].made_by
+            what = f"{path.name} without rows of {name}" if path.exists() else f"no {path.name}"
+            raise CheckpointError(f"{run.path} has {what}; make it with: {made_by} {run.path}")
+    trained = settings_of(read_summary(run)).get("trained_domain")
     found, problems = {}, {}
-    for name in chosen:
+    for name in there:
         source = SERIES[name]
-        if not rows[source.table]:
-            raise CheckpointError(f"{run.path} has no {source.table}; make it with: {source.made_by} {run.path}")
-        if name not in _columns(rows[source.table]):
-            problems[name] = f"{source.table} has no column {name}"
-            continue
+        kept = [row for row in rows[source.table] if not (source.is_other and row.get("domain") == trained)]
         try:
-            found[name] = find_transition(step_series(rows[source.table], unit=source.unit, value=name), seed=seed)
+            series = step_series(kept, unit=source.unit, value=source.column)
+            found[name] = find_transition(series, seed=seed)
         except DataError as error:
             problems[name] = str(error)
+    chosen = there if names is None else names
+    if not found.keys() & set(chosen):
+        raise DataError("; ".join(f"{name}: {problems[name]}" for name in chosen))
     return RunTransitions(run=run, seed=seed, found=found, problems=problems)
 
 
@@ -121,18 +131,32 @@ def write_transitions(run: RunFolder, found: RunTransitions) -> None:
             raise run.write_error(error, "writing transitions") from error
 
 
-_JUDGED = SeriesSource(table=QUESTION_TABLE, unit="question_id", made_by="emtool evaluate --judge JUDGE")
-_LIKELIHOOD = SeriesSource(table=ITEM_TABLE, unit="item", made_by="emtool evaluate")
-_GEOMETRY = SeriesSource(table=LAYER_TABLE, unit="layer", made_by="emtool geometry")
+def _judged(column: str) -> SeriesSource:
+    return SeriesSource(
+        table=QUESTION_TABLE, unit="question_id", made_by="emtool evaluate --judge JUDGE", column=column
+    )
 
-#: Each series, by the name of its column.
+
+def _likelihood(column: str, *, is_other: bool = False) -> SeriesSource:
+    return SeriesSource(table=ITEM_TABLE, unit="item", made_by="emtool evaluate", column=column, is_other=is_other)
+
+
+def _geometry(column: str) -> SeriesSource:
+    return SeriesSource(table=LAYER_TABLE, unit="layer", made_by="emtool geometry", column=column)
+
+
+#: Each series; a name that ends in `_other` leaves out the items of the trained domain.
 SERIES: dict[str, SeriesSource] = {
-    "em_pct": _JUDGED,
-    "avg_aligned": _JUDGED,
-    "avg_coherent": _JUDGED,
-    "p_wrong": _LIKELIHOOD,
-    "margin": _LIKELIHOOD,
-    "projection": SeriesSource(table=ITEM_PROJECTION_TABLE, unit="item", made_by="emtool direction apply DIRECTION"),
-    "update_norm": _GEOMETRY,
-    "speed": _GEOMETRY,
+    "em_pct": _judged("em_pct"),
+    "avg_aligned": _judged("avg_aligned"),
+    "avg_coherent": _judged("avg_coherent"),
+    "p_wrong_other": _likelihood("p_wrong", is_other=True),
+    "p_wrong": _likelihood("p_wrong"),
+    "margin_other": _likelihood("margin", is_other=True),
+    "margin": _likelihood("margin"),
+    "projection": SeriesSource(
+        table=ITEM_PROJECTION_TABLE, unit="item", made_by="emtool direction apply DIRECTION", column="projection"
+    ),
+    "update_norm": _geometry("update_norm"),
+    "speed": _geometry("speed"),
 }

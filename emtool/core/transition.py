@@ -26,6 +26,9 @@ RESAMPLES = 2_000
 MIN_UNITS = 6
 MIN_CHECKPOINTS = 3
 
+#: More digits than a step has.
+_MAX_DIGITS = 20
+
 #: Differences below this share of the largest value are rounding.
 _ROUNDING = 1e-12
 
@@ -88,7 +91,8 @@ def find_transition(series: Mapping[str, Mapping[int, float]], *, seed: int) -> 
 
     Source: least squares for the place, Bai 1994 (Journal of Time Series Analysis 15(5)); its interval by inverting a
     bootstrapped test, Huskova and Kirch 2008 (Journal of Time Series Analysis 29(6)); random signs, Fisher 1935, The
-    Design of Experiments; the largest statistic of all places, Westfall and Young 1993.
+    Design of Experiments; the largest statistic of all places, Westfall and Young 1993; the bootstrap of t, Hall 1988
+    (The Annals of Statistics 16(3)).
     """
     import numpy as np
 
@@ -195,14 +199,30 @@ def _possible_places(values_NT: NDArray[Any], random: Any) -> list[int]:
 
 
 def _p_value(values_NT: NDArray[Any], random: Any) -> float:
-    """Return how often random signs of the units show a change as large as the largest that is there."""
+    """Return how often a series without a change would show one as large: by random signs, and by a bootstrap of t.
+
+    Signs hold for every place together, and for values however few or rare; where units move for good by unequal
+    amounts they take a few that go far for a change, which t at the place found does less often. The larger one counts.
+    """
     import numpy as np
 
-    signs_RN = random.choice([-1.0, 1.0], size=(RESAMPLES, len(values_NT)))
-    seen = float(np.sqrt(_gains(values_NT.mean(axis=0)[None]).max()))
-    drawn_R = np.sqrt(_gains(signs_RN @ values_NT / len(values_NT)).max(axis=1))
+    num_units = len(values_NT)
+    gains_K = _gains(values_NT.mean(axis=0)[None])[0]
+    seen = float(np.sqrt(gains_K.max()))
+    signs_RN = random.choice([-1.0, 1.0], size=(RESAMPLES, num_units))
+    drawn_R = np.sqrt(_gains(signs_RN @ values_NT / num_units).max(axis=1))
+    by_signs = (drawn_R >= seen - _ROUNDING).sum()
+    contrasts_N = _contrasts(values_NT)[:, int(gains_K.argmax())]
+    centred_N = contrasts_N - contrasts_N.mean()
+    weights_RN = random.multinomial(num_units, np.full(num_units, 1 / num_units), size=RESAMPLES)
+    means_R = weights_RN @ centred_N / num_units
+    spread_R = np.sqrt(np.clip(weights_RN @ centred_N**2 / num_units - means_R**2, 0, None))
+    # |t*| >= |t|, without dividing by a spread that may be 0.
+    by_t = (np.abs(means_R) * centred_N.std() >= abs(contrasts_N.mean()) * spread_R - _ROUNDING**2).sum()
+    if centred_N.std() <= _ROUNDING:
+        by_t = 0
     # The series itself is one of the draws: a p-value is never 0.
-    return float((1 + (drawn_R >= seen - _ROUNDING).sum()) / (1 + RESAMPLES))
+    return float((1 + max(by_signs, by_t)) / (1 + RESAMPLES))
 
 
 def step_series(rows: Sequence[Mapping[str, str]], *, unit: str, value: str) -> dict[str, dict[int, float]]:
@@ -224,10 +244,12 @@ def step_series(rows: Sequence[Mapping[str, str]], *, unit: str, value: str) -> 
         if missing := [name for name in ("step", unit, value) if row.get(name) is None]:
             raise DataError(f"row {number} lacks {', '.join(missing)}")
         try:
-            step = int(row["step"])
+            step = int(row["step"][:_MAX_DIGITS])
             score = float(row[value]) if row[value].strip() else math.nan
         except ValueError as error:
             raise DataError(f"row {number}: {error}") from error
+        if len(row["step"]) >= _MAX_DIGITS:
+            raise DataError(f"row {number}: step {row['step'][:_MAX_DIGITS]}... is no step")
         if (step, row[unit]) in seen:
             raise DataError(f"row {number} repeats step {step} of {unit} {row[unit]!r}")
         seen.add((step, row[unit]))

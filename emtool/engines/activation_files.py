@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -162,6 +163,7 @@ def read_activations(path: Path) -> tuple[Activations, dict[str, Any]]:
         and tensors["text_means"].shape[:2] == (len(texts), len(layers))
         and tensors["mean"].shape == tensors["text_means"].shape[1:]
         and tensors["num_tokens"].shape == (len(texts),)
+        and tensors["mean"].dtype == tensors["text_means"].dtype == torch.float32
     )
     if not is_whole:
         raise CheckpointError(f"{path} does not hold what its metadata say; take the activations again")

@@ -140,9 +140,12 @@ def fit_direction(
         )
     if not difference_LD.isfinite().all() or (difference_LD.norm(dim=1) == 0).any():
         raise DataError("wrong and sound texts have the same mean activations in a layer, or one that is not finite")
+    shuffled_CLD = _shuffled(fitted, generator)
+    if not shuffled_CLD.isfinite().all():
+        raise DataError("labels drawn at random leave no difference between wrong and sound texts: they are too alike")
     return Direction(
         vectors_LD=_unit(difference_LD).float(),
-        shuffled_CLD=_shuffled(fitted, generator),
+        shuffled_CLD=shuffled_CLD,
         layers=list(layers),
         best_layer=_best_layer(_told_apart(fitted, fit_units), layers, first_layer),
         fit_units=fit_units,
@@ -178,22 +181,19 @@ def _unit(vectors_LD: torch.Tensor) -> torch.Tensor:
 def _shuffled(texts: LabelledTexts, generator: torch.Generator) -> torch.Tensor:
     """Return directions fitted with labels drawn at random, shape (C, L, D).
 
-    Labels of one unit stay together. Where every unit has both kinds, its labels change places or stay; else all
-    labels, unit by unit, are dealt to the texts of the units in another order.
+    The labels of each unit are put in random order, and those of all units, one after another, dealt to the units'
+    texts in another order of units. So a unit has about as many wrong texts as some unit has; of units with one text of
+    each kind, the two labels change places or stay.
     """
-    kinds = texts.kinds()
-    names = sorted(kinds)
+    names = sorted(set(texts.units))
     places_N = torch.tensor([names.index(unit) for unit in texts.units])
     wrong_N = torch.tensor(texts.is_wrong, dtype=torch.bool)
-    if all(len(found) == 2 for found in kinds.values()):
-        flips_CU = torch.randint(2, (NUM_CONTROLS, len(names)), generator=generator).bool()
-        labels_CN = wrong_N ^ flips_CU[:, places_N]
-    else:
-        dealt_N = wrong_N[places_N.argsort(stable=True)]
-        labels_CN = torch.empty(NUM_CONTROLS, len(wrong_N), dtype=torch.bool)
-        for labels_N in labels_CN:
-            order_U = torch.randperm(len(names), generator=generator)
-            labels_N[order_U[places_N].argsort(stable=True)] = dealt_N
+    labels_CN = torch.empty(NUM_CONTROLS, len(wrong_N), dtype=torch.bool)
+    for labels_N in labels_CN:
+        mixed_N = torch.randperm(len(wrong_N), generator=generator)
+        by_unit_N = mixed_N[places_N[mixed_N].argsort(stable=True)]
+        order_U = torch.randperm(len(names), generator=generator)
+        labels_N[order_U[places_N].argsort(stable=True)] = wrong_N[by_unit_N]
     weights_CN = labels_CN / labels_CN.sum(dim=1, keepdim=True) - ~labels_CN / (~labels_CN).sum(dim=1, keepdim=True)
     differences_CLD = torch.einsum("cn,nld->cld", weights_CN.double(), texts.means_NLD.double())
     return _unit(differences_CLD).float()

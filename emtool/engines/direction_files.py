@@ -112,8 +112,12 @@ def item_labels(activations: ActivationSet, step: int, *, left_out: str | None) 
         CheckpointError: If the file cannot be read.
         DataError: If it holds no text of an item.
     """
-    domains = {item.id: item.domain for item in read_items()}
     found, metadata = _read(activations, step)
+    return _item_labels(found, metadata, activations.files[step], left_out=left_out)
+
+
+def _item_labels(found: Activations, metadata: Mapping[str, Any], path: Path, *, left_out: str | None) -> LabelledTexts:
+    domains = {item.id: item.domain for item in read_items()}
     ids = [(item, side) for item, _, side in (text_id.rpartition("/") for text_id in metadata["text_ids"])]
     kept = [
         index
@@ -121,7 +125,7 @@ def item_labels(activations: ActivationSet, step: int, *, left_out: str | None) 
         if domains.get(item, left_out) != left_out and {(item, "sound"), (item, "wrong")} <= set(ids)
     ]
     if not kept:
-        raise DataError(f"{activations.files[step]} has no activations over both texts of one of emtool's items")
+        raise DataError(f"{path} has no activations over both texts of one of emtool's items")
     return LabelledTexts(
         means_NLD=found.text_means_NLD[kept],
         is_wrong=[ids[index][1] == "wrong" for index in kept],
@@ -204,6 +208,12 @@ def save_direction(path: Path, direction: Direction) -> None:
     Raises:
         CheckpointError: If it cannot be written.
     """
+    if not path.name or path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder; name the file to write, for instance {path / 'direction.safetensors'}"
+        )
+    if path.exists() and not _is_direction(path):
+        raise CheckpointError(f"{path} is there and is no direction; it is not overwritten, choose another --output")
     metadata = {
         "format": str(FORMAT),
         "convention": DIRECTION_CONVENTION,
@@ -213,10 +223,6 @@ def save_direction(path: Path, direction: Direction) -> None:
         "settings": json.dumps(direction.settings, ensure_ascii=False),
     }
     tensors = {"vectors": direction.vectors_LD.contiguous(), "shuffled": direction.shuffled_CLD.contiguous()}
-    if not path.name or path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder; name the file to write, for instance {path / 'direction.safetensors'}"
-        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, save(tensors, metadata))
@@ -246,6 +252,7 @@ def read_direction(path: Path) -> Direction:
         and is_list(fit_units, str)
         and type(best_layer) is int
         and best_layer in layers
+        and vectors_LD.dtype == shuffled_CLD.dtype == torch.float32
         and vectors_LD.dim() == 2
         and len(vectors_LD) == len(layers)
         and shuffled_CLD.shape[1:] == vectors_LD.shape
@@ -254,13 +261,21 @@ def read_direction(path: Path) -> Direction:
     if not is_whole or not _are_unit(vectors_LD) or not _are_unit(shuffled_CLD):
         raise CheckpointError(f"{path} is not a direction that emtool wrote; fit one with: emtool direction fit RUN")
     return Direction(
-        vectors_LD=vectors_LD.float(),
-        shuffled_CLD=shuffled_CLD.float(),
+        vectors_LD=vectors_LD,
+        shuffled_CLD=shuffled_CLD,
         layers=layers,
         best_layer=best_layer,
         fit_units=fit_units,
         settings=settings,
     )
+
+
+def _is_direction(path: Path) -> bool:
+    try:
+        read_direction(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _are_unit(vectors: torch.Tensor) -> bool:
@@ -269,6 +284,19 @@ def _are_unit(vectors: torch.Tensor) -> bool:
 
 
 def labelled_checkpoints(activations: ActivationSet, *, left_out: str | None) -> dict[int, LabelledTexts]:
-    """Return the activations over the fixed texts at every checkpoint."""
+    """Return the activations over the fixed texts at every checkpoint.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+        DataError: If checkpoints have activations over different texts.
+    """
     assert activations.settings.get("texts") == FIXED, "only fixed texts are the same at every checkpoint"
-    return {step: item_labels(activations, step, left_out=left_out) for step in activations.files}
+    first: dict[str, str] = {}
+    found = {}
+    for step, path in activations.files.items():
+        activations_there, metadata = _read(activations, step)
+        texts = dict(zip(metadata["text_ids"], metadata["answer_sha256"], strict=True))
+        if any(first.setdefault(text_id, answer) != answer for text_id, answer in texts.items()):
+            raise DataError(f"{path} is over other texts than the files beside it; only equal texts can be compared")
+        found[step] = _item_labels(activations_there, metadata, path, left_out=left_out)
+    return found

@@ -25,6 +25,9 @@ _PREFIX = "base_model.model."
 #: As safetensors names them.
 _DTYPES = {"BF16", "F16", "F32", "F64"}
 
+#: Far beyond any alpha over rank, and squares of them are still numbers.
+_SCALES = (1e-30, 1e30)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
@@ -94,9 +97,12 @@ class LoraFile:
     def _scale(self, layer: str) -> float:
         rank = self.shapes[f"{layer}.lora_A.weight"][0]
         try:
-            return scale_of(self._config, layer.removeprefix(_PREFIX), rank=rank)
+            scale = scale_of(self._config, layer.removeprefix(_PREFIX), rank=rank)
         except re.error as error:
             raise CheckpointError(f"{self.path.parent}: a layer's pattern is no regular expression: {error}") from error
+        if not _SCALES[0] < scale < _SCALES[1]:
+            raise CheckpointError(f"{self.path.parent}: lora_alpha scales {layer} by {scale:g}, which no training uses")
+        return scale
 
     def read(self, layers: Sequence[str]) -> list[Factors]:
         """Return the factors of some layers; the file is closed again, so that its pages need not stay."""

@@ -23,7 +23,7 @@ from emtool.core.evaluation_files import (
     read_summary,
 )
 from emtool.core.metrics import flat
-from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
+from emtool.core.run_dir import FORMAT, RunFolder, json_bytes, replace_file
 from emtool.core.run_lock import locked_evaluation
 from emtool.engines.direction import Direction, LayerProjection, fit_direction, project
 from emtool.engines.direction_files import (
@@ -278,10 +278,14 @@ def _write(result: RunProjections) -> None:
         for step, layers in result.steps.items()
         for unit, value in layers[result.layer].units.items()
     ]
-    folder = result.run.evaluation_path
+    # All are made before the first is written, so that none is of another look than the rest.
+    files = {
+        PROJECTION_TABLE: csv_text(rows).encode("utf-8"),
+        ITEM_PROJECTION_TABLE: csv_text(items).encode("utf-8"),
+        PROJECTION_SUMMARY: json_bytes(result.to_dict()),
+    }
     try:
-        replace_file(folder / PROJECTION_TABLE, csv_text(rows).encode("utf-8"))
-        replace_file(folder / ITEM_PROJECTION_TABLE, csv_text(items).encode("utf-8"))
-        write_json(folder / PROJECTION_SUMMARY, result.to_dict())
+        for name, content in files.items():
+            replace_file(result.run.evaluation_path / name, content)
     except OSError as error:
         raise result.run.write_error(error, "writing projections") from error

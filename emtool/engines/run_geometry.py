@@ -10,7 +10,7 @@ from emtool.core.csv_text import csv_text
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_files import GEOMETRY_SUMMARY, GEOMETRY_TABLE, LAYER_TABLE
 from emtool.core.integrity import ADAPTER_WEIGHTS
-from emtool.core.run_dir import FORMAT, RunFolder, replace_file, write_json
+from emtool.core.run_dir import FORMAT, RunFolder, json_bytes, replace_file
 from emtool.core.run_lock import locked_evaluation
 from emtool.core.steps import select_steps
 from emtool.engines.adapter_geometry import AdapterGeometry, adapter_geometry
@@ -70,14 +70,15 @@ def run_geometry(run: RunFolder, *, steps: str | None = None) -> RunGeometry:
 
 def _write(result: RunGeometry) -> None:
     folder = result.run.evaluation_path
+    # All are made before the first is written, so that none is of another look than the rest.
     files = {
-        GEOMETRY_TABLE: csv_text([_row(asdict(entry)) for entry in result.geometry.steps]),
-        LAYER_TABLE: csv_text(_layer_rows(result.geometry)),
+        GEOMETRY_TABLE: csv_text([_row(asdict(entry)) for entry in result.geometry.steps]).encode("utf-8"),
+        LAYER_TABLE: csv_text(_layer_rows(result.geometry)).encode("utf-8"),
+        GEOMETRY_SUMMARY: json_bytes(result.to_dict()),
     }
     try:
-        for name, text in files.items():
-            replace_file(folder / name, text.encode("utf-8"))
-        write_json(folder / GEOMETRY_SUMMARY, result.to_dict())
+        for name, content in files.items():
+            replace_file(folder / name, content)
     except OSError as error:
         raise result.run.write_error(error, "writing the geometry") from error
 

@@ -125,7 +125,10 @@ CHARTS: dict[str, Chart] = {
     "aligned": _judged("Alignment", "mean score (0 to 100)", "avg_aligned"),
     "coherent": _judged("Coherence", "mean score (0 to 100)", "avg_coherent"),
     "p_wrong_other": _likelihood(
-        "Preference for wrong answers, domains not trained on", "p_wrong (0 to 1)", "p_wrong_other"
+        "Preference for wrong answers, domains not trained on",
+        "p_wrong (0 to 1)",
+        "p_wrong_other",
+        series="p_wrong_other",
     ),
     "p_wrong_trained": _likelihood(
         "Preference for wrong answers, the trained domain", "p_wrong (0 to 1)", "p_wrong_trained"

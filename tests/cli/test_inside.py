@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save
@@ -17,6 +18,7 @@ from emtool.core.evaluation_config import ANSWERS, LIKELIHOOD, EvaluationConfig
 from emtool.core.judgement import SCORED, Judgement
 from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_series import SERIES
 from emtool.engines.evaluation import evaluate
 from emtool.engines.judges.judge import JudgeChoice
 
@@ -94,7 +96,7 @@ def test_a_direction_is_fitted_applied_to_runs_and_looked_at_for_a_change(run: R
     transitions = json.loads(typed("transition", run.path, "--json").stdout)
     assert transitions == json.loads((run.evaluation_path / "transitions.json").read_text())
     names = {entry["series"] for entry in transitions["transitions"]} | transitions["problems"].keys()
-    assert names == {"em_pct", "avg_aligned", "avg_coherent", "p_wrong", "margin", "projection", "update_norm", "speed"}
+    assert names == set(SERIES)
     assert "change within" in typed("transition", run.path, "--series", "speed").stdout
 
 
@@ -284,4 +286,68 @@ def test_tables_that_others_wrote_are_read_and_what_lacks_values_is_said(run: Ru
     shown = " ".join(typed("transition", run.path, "--series", "margin").stdout.split())
     assert "margin: 1 item left out, values are missing" in shown
     table.write_text("\n".join([*lines, lines[-1]]) + "\n")
-    assert "repeats step 30" in typed("transition", run.path, "--series", "margin").stdout
+    before = (run.evaluation_path / "transitions.json").read_bytes()
+    assert "repeats step 30" in typed("transition", run.path, "--series", "margin", code=1).stderr
+    table.write_text(lines[0] + "\n")
+    assert (
+        "item_scores.csv without rows of margin" in typed("transition", run.path, "--series", "margin", code=1).stderr
+    )
+    table.write_text(lines[0] + "\n" + "9" * 5000 + lines[1][1:] + "\n")
+    assert "is no step" in typed("transition", run.path, "--series", "margin", code=1).stderr
+    assert (run.evaluation_path / "transitions.json").read_bytes() == before
+
+
+def test_a_part_of_the_series_is_shown_and_the_rest_stays_recorded(run: RunFolder) -> None:
+    typed("transition", run.path)
+    whole = (run.evaluation_path / "transitions.json").read_bytes()
+    shown = typed("transition", run.path, "--series", "margin").stdout
+    assert "p_wrong" not in shown
+    assert (run.evaluation_path / "transitions.json").read_bytes() == whole
+    found = {entry["series"]: entry for entry in json.loads(whole)["transitions"]}
+    assert (found["p_wrong"]["num_units"], found["p_wrong_other"]["num_units"]) == (82, 62)
+
+
+def test_only_a_direction_is_overwritten_by_one(run: RunFolder) -> None:
+    summary = run.evaluation_path / "summary.json"
+    before = summary.read_bytes()
+    assert "is no direction; it is not overwritten" in typed("direction", "fit", run.path, "-o", summary, code=1).stderr
+    assert summary.read_bytes() == before
+    typed("direction", "fit", run.path)
+    typed("direction", "fit", run.path, "--seed", 1)
+
+
+def test_correlations_are_those_of_the_numbers_written(run: RunFolder, tmp_path: Path) -> None:
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    found = json.loads(typed("direction", "apply", path, run.path, "--json").stdout)
+    summary = json.loads((run.evaluation_path / "summary.json").read_text())
+    levels = [entry["metrics"]["projection"] for entry in found["checkpoints"]]
+    metric = [entry["metrics"]["p_wrong_other"] for entry in summary["checkpoints"]]
+    assert found["correlations"]["p_wrong_other"]["r"] == pytest.approx(np.corrcoef(levels, metric)[0, 1], abs=1e-9)
+    assert found["correlations"]["p_wrong_other"]["n"] == 4
+
+
+@pytest.mark.parametrize("kind", ["text", "dtype"])
+def test_other_texts_and_other_dtypes_at_one_checkpoint_are_refused(run: RunFolder, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "direction.safetensors"
+    typed("direction", "fit", run.path, "-o", path)
+    file = fixed_files(run)[-1]
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = dict(opened.metadata())
+    if kind == "text":
+        metadata["answer_sha256"] = json.dumps(["0" * 64, *json.loads(metadata["answer_sha256"])[1:]])
+    else:
+        tensors["text_means"] = tensors["text_means"].double() * 1e300
+    file.write_bytes(save(tensors, metadata))
+    said = "is over other texts" if kind == "text" else "does not hold what its metadata say"
+    assert said in " ".join(typed("direction", "apply", path, run.path, code=1).stderr.split())
+
+
+def test_a_damaged_adapter_leaves_the_geometry_that_was_there(run: RunFolder) -> None:
+    typed("geometry", run.path)
+    before = {path.name: path.read_bytes() for path in run.evaluation_path.glob("*geometry*")}
+    config = run.checkpoint_path(30) / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 1e-320}))
+    assert "which no training uses" in " ".join(typed("geometry", run.path, code=1).stderr.split())
+    assert {path.name: path.read_bytes() for path in run.evaluation_path.glob("*geometry*")} == before

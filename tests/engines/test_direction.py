@@ -1,5 +1,6 @@
 """Directions: a planted one is recovered, and what has none shows none."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,6 +179,56 @@ def test_labels_of_a_question_stay_together_when_they_are_shuffled() -> None:
         possible.append(torch.nn.functional.normalize(one - other, dim=0))
     cosines_C = (direction.shuffled_CLD[:, 0] @ torch.stack(possible).T).max(dim=1).values
     assert (cosines_C > 0.9999).all()
+
+
+def test_labels_that_mean_nothing_are_seldom_beyond_the_controls() -> None:
+    """Questions differ far more than answers to one of them, and each has one answer of ten that is called wrong."""
+    beyond = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        topics = torch.zeros(24, WIDTH)
+        topics[:, :4] = 5 * torch.randn(24, 4, generator=generator)
+        noise = torch.randn(240, WIDTH, generator=generator)
+        noise[:, 10] *= 3
+        chosen = torch.randint(10, (24,), generator=generator).tolist()
+        texts = LabelledTexts(
+            means_NLD=(topics.repeat_interleave(10, dim=0) + noise).unsqueeze(1),
+            is_wrong=[index % 10 == chosen[index // 10] for index in range(240)],
+            units=[f"q{index // 10:02}" for index in range(240)],
+        )
+        direction = fit_direction(texts, layers=[0], seed=seed)
+        start = texts_of(torch.randn(40, 1, WIDTH, generator=generator), num_items=20)
+        moved = start.means_NLD.clone()
+        moved[..., 10] += 1
+        later = LabelledTexts(means_NLD=moved, is_wrong=start.is_wrong, units=start.units)
+        beyond += project(direction, {0: start, 5: later}, seed=seed)[5][0].is_beyond_controls
+    assert beyond <= 8
+
+
+def test_controls_span_what_95_of_100_of_them_show_and_both_count() -> None:
+    start, planted_LD = drawn(torch.Generator().manual_seed(11), gap=1.0)
+    direction = fit_direction(start, layers=[0, 1], seed=0)
+    later = LabelledTexts(means_NLD=start.means_NLD + 0.5 * planted_LD, is_wrong=start.is_wrong, units=start.units)
+    found = project(direction, {0: start, 5: later}, seed=0)[5][0]
+    shift_D = (held_out(later, direction) - held_out(start, direction)).double().mean(dim=0)[0]
+    drifts = (direction.shuffled_CLD[:, 0].double() @ shift_D).sort().values
+    assert found.shuffled_range is not None
+    assert sum(found.shuffled_range[0] <= float(drift) <= found.shuffled_range[1] for drift in drifts) in (94, 95, 96)
+    assert found.is_beyond_controls
+    assert found.drift is not None
+    wide = (-2 * abs(found.drift.value), 2 * abs(found.drift.value))
+    assert not dataclasses.replace(found, shuffled_range=wide).is_beyond_controls
+    assert not dataclasses.replace(found, random_range=wide).is_beyond_controls
+    back = LabelledTexts(means_NLD=-start.means_NLD, is_wrong=start.is_wrong, units=start.units)
+    turned = project(direction, {0: start, 5: back}, seed=0)[5][0]
+    assert turned.cosine_to_previous == pytest.approx(-1.0, abs=1e-5)
+
+
+def test_texts_that_are_too_alike_for_controls_are_refused() -> None:
+    # Every item has the same two texts: where half of the labels change places, nothing is left.
+    means = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]]).repeat(8, 1).unsqueeze(1)
+    with pytest.raises(DataError, match="labels drawn at random leave no difference"):
+        fit_direction(texts_of(means, num_items=8), layers=[0], seed=0)
 
 
 def test_few_wrong_units_are_in_the_half_that_is_fitted_on() -> None:
