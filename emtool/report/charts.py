@@ -11,9 +11,10 @@ import altair as alt
 from emtool.report.curves import CHARTS, TRAINING_LOG, Chart
 from emtool.report.report_run import ReportRun
 
-#: Lines that people with any kind of colour blindness can tell apart, on white and on near black; after Okabe and Ito
-#: 2008 (Color Universal Design), the light ones darkened. Dashes and symbols differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B75D92", "#8A7400", "#4E93C4", "#7A6FD0", "#7F7F7F")
+#: Lines that people with any kind of colour blindness can tell apart, on white and on near black: the first two are of
+#: Okabe and Ito 2008 (Color Universal Design), each further one as far from those before as can be, in CIE L*a*b* as
+#: seen with and without each deficiency. Dashes and symbols differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#A64DFF", "#CE7E8E", "#E60045", "#FF33EB", "#A63F73", "#009E73")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2], [3, 5], [1, 3])
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 

@@ -65,7 +65,7 @@ def test_flat_series_that_are_skewed_or_wander_show_none_either(draw: Callable[[
 
 @pytest.mark.parametrize("num_units", [24, 82])
 def test_a_few_units_that_go_far_for_good_are_seldom_taken_for_a_change_of_all(num_units: int) -> None:
-    """The mean stays; most units fall a little and a few rise far. No test is exact here: random signs alone find 40."""
+    """The mean stays; most units fall a little and a few rise far. No test is exact here: signs alone find 40."""
     found = 0
     for seed in range(200):
         random = np.random.default_rng([seed, 6])
