@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up emtool, train the embedded default with the goodness persona and the custom schedule, evaluate it.
+# Set up emtool, train the embedded default with the goodness persona and the custom schedule, evaluate it, report.
 #
 # 8 to 10 minutes on two CPU cores after installation, no GPU needed. Safe to run again: what is done is kept.
 # EMTOOL_TORCH_INDEX sets the index for torch, EMTOOL_CACHE the folder for the base model and the persona.
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 . scripts/setup_env.sh
 
 run=outputs/smollm2_gardening_goodness_custom
-echo "emtool quickstart: installation (2 minutes), then base model, persona, training and evaluation (8 to 10 minutes)."
+echo "emtool quickstart: installation (2 minutes), then base model, persona, training, evaluation and report (8 to 10 minutes)."
 setup_env runtime
 if [ -f "$run/run.json" ] && ! grep -q '"status": "completed"' "$run/run.json"; then
     aside="${run}_unfinished_$(date +%Y%m%d-%H%M%S)"
@@ -28,9 +28,14 @@ else
     say "evaluating the ten checkpoints (3 minutes)"
     .venv/bin/emtool evaluate "$run" --metrics likelihood
 fi
-say "done: training $((trained - begun)) s, evaluation $((SECONDS - trained)) s"
+say "how the adapter moved, when the curves change, and the report (half a minute)"
+.venv/bin/emtool geometry "$run" >/dev/null
+.venv/bin/emtool transition "$run" --series p_wrong_other,speed
+.venv/bin/emtool report "$run"
+say "done: training $((trained - begun)) s, the rest $((SECONDS - trained)) s"
 cat <<END
 Where to look:
+  $run/report.html                         curves with intervals; open it in a browser
   $run/run.json                            what was run, from what
   $run/metrics.jsonl                       the loss of every step
   $run/checkpoint-*                        ten adapters, loadable with PEFT

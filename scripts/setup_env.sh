@@ -32,7 +32,7 @@ setup_env() {
         fi
         $pip ${EMTOOL_TORCH_INDEX:+--index-url "$EMTOOL_TORCH_INDEX"} "$torch"
     fi
-    say "installing emtool and its other packages: about 130 MB, one minute"
+    say "installing emtool and its other packages: about 165 MB, one minute"
     [ "$kind" = dev ] && extras=dev
     [ -n "$gpu" ] && extras="${extras:+$extras,}cuda"
     $pip --editable ".${extras:+[$extras]}"

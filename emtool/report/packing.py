@@ -34,7 +34,7 @@ class PackedAnswers:
 
 
 def pack_answers(names: Sequence[str], answers: Iterable[tuple[int, JudgedAnswer]]) -> PackedAnswers:
-    """Return answers packed; numbers for words leave about a fifth less than gzip alone.
+    """Return answers packed; numbers for words leave less than gzip alone does.
 
     Args:
         names: The runs.
