@@ -63,7 +63,7 @@ def draw_charts(runs: Sequence[ReportRun]) -> list[Drawn]:
 def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: int) -> Any:
     """Return the runs' curves, each with its interval, its checkpoints and the bracket of its change."""
     names = [run.name for run in runs]
-    legend = alt.Legend(title=None, orient="top", columns=2, labelLimit=400, symbolOpacity=1) if len(runs) > 1 else None
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=250, symbolOpacity=1) if len(runs) > 1 else None
     colour = alt.Color("run:N", scale=alt.Scale(domain=names, range=list(COLOURS[: len(runs)])), legend=legend)
     dash = alt.StrokeDash("run:N", scale=alt.Scale(domain=names, range=list(_DASHES[: len(runs)])), legend=legend)
     shape = alt.Shape("run:N", scale=alt.Scale(domain=names, range=list(_SHAPES[: len(runs)])), legend=legend)
@@ -77,6 +77,7 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
             "value": point.value,
             **({} if point.low is None else {"low": point.low, "high": point.high}),
             **({} if point.n is None else {"n": point.n}),
+            **({} if point.control is None else {"least": point.control[0], "most": point.control[1]}),
             "is_saved": chart.source != TRAINING_LOG or point.step in run.saved_steps,
         }
         for run in runs
@@ -84,6 +85,11 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
     ]
     curves = alt.Chart(alt.InlineData(values=rows))
     layers: list[alt.Chart] = _brackets(name, runs, colour)
+    if any("least" in row for row in rows):
+        wide = curves.transform_filter("isValid(datum.least)").mark_area(
+            opacity=0.07, line={"strokeWidth": 1, "strokeDash": [1, 3]}
+        )
+        layers.append(wide.encode(x=step, y=alt.Y("least:Q", title=chart.unit), y2="most:Q", color=colour))
     if any("low" in row for row in rows):
         band = curves.transform_filter("isValid(datum.low)").mark_area(opacity=0.16)
         layers.append(band.encode(x=step, y=alt.Y("low:Q", title=chart.unit), y2="high:Q", color=colour))
@@ -100,9 +106,10 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
 
 def _tooltip(rows: Sequence[Mapping[str, Any]], *, several: bool) -> list[alt.Tooltip]:
     fields = [alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=".4~g")]
-    for field, form in (("low", ".4~g"), ("high", ".4~g"), ("n", ",")):
+    for field, form in (("low", ".4~g"), ("high", ".4~g"), ("least", ".4~g"), ("most", ".4~g"), ("n", ",")):
         if any(field in row for row in rows):
-            fields.append(alt.Tooltip(f"{field}:Q", format=form))
+            title = {"least": "shuffled low", "most": "shuffled high"}.get(field, field)
+            fields.append(alt.Tooltip(f"{field}:Q", format=form, title=title))
     return [alt.Tooltip("run:N"), *fields] if several else fields
 
 
@@ -129,6 +136,10 @@ def _notes(name: str, chart: Chart, runs: Sequence[ReportRun]) -> list[str]:
         notes.append(f"n = {spread} {chart.counted} a checkpoint")
     if chart.interval and any(point.low is not None for point in points):
         notes.append(f"band: {chart.interval}")
+    if any(point.control is not None for point in points):
+        notes.append(
+            "wide, light band: 95% of directions fitted with shuffled labels; what lies within it is no finding"
+        )
     if chart.is_judged and (judges := sorted({run.judge for run in runs if run.judge and name in run.curves})):
         notes.append(f"judge: {', '.join(judges)}")
     if name == "drift":
@@ -160,11 +171,11 @@ def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
         ],
     )
     shades = cells.mark_rect().encode(
-        color=alt.Color("em:Q", title="EM %", scale=alt.Scale(domain=[0, 100], scheme="viridis", reverse=True))
+        color=alt.Color("em:Q", title="EM %", scale=alt.Scale(domain=[0, 100], scheme="blues"))
     )
     numbers = cells.mark_text(fontSize=10).encode(
         text=alt.Text("em:Q", format=".0f"),
-        color=alt.condition("datum.em > 45", alt.value("#ffffff"), alt.value("#1a1a1a")),
+        color=alt.condition("datum.em > 55", alt.value("#ffffff"), alt.value("#1a1a1a")),
     )
     counts = sorted({rate.n for rate in run.rates})
     spread = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
@@ -197,6 +208,6 @@ def config_of(*, ink: str, background: str | None) -> dict[str, Any]:
         "background": background or "transparent",
         "view": {"stroke": None},
         "axis": {**axis, "titleFontWeight": "normal", "labelOverlap": True},
-        "legend": {**quiet, "symbolStrokeWidth": 2},
+        "legend": {**quiet, "symbolStrokeWidth": 0},
         "title": {**title, "fontSize": 14, "subtitleFontSize": 11, "subtitlePadding": 4, "offset": 8},
     }

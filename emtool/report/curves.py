@@ -29,6 +29,7 @@ class Point:
         low: Lower end of its interval; None where it has none.
         high: Upper end.
         n: How many it is of: answers or items.
+        control: Ends of what a control shows, which is no finding; None where there is no control.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Point:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    control: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class Chart:
         counted: What its n counts.
         series: The series of `emtool transition` whose change is marked in it, if there is one.
         is_judged: Whether a judge's scores are in it.
+        control: Column of a control, with its ends in `_low` and `_high`.
     """
 
     title: str
@@ -63,10 +66,17 @@ class Chart:
     counted: str = ""
     series: str | None = None
     is_judged: bool = False
+    control: str | None = None
 
 
-def points_of(rows: Iterable[Mapping[str, object]], column: str) -> list[Point]:
-    """Return the curve of a column, by step; rows without a step or a finite number are left out."""
+def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str | None = None) -> list[Point]:
+    """Return the curve of a column, by step; rows without a step or a finite number are left out.
+
+    Args:
+        rows: Rows of a table.
+        column: The column.
+        control: The column of its control, if it has one.
+    """
     found: dict[int, Point] = {}
     for row in rows:
         step, value = number(row.get("step")), number(row.get(column))
@@ -74,12 +84,14 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str) -> list[Point]:
             continue
         low, high, count = (number(row.get(f"{column}_{end}")) for end in ("low", "high", "n"))
         has_interval = low is not None and high is not None
+        least, most = (number(row.get(f"{control}_{end}")) for end in ("low", "high"))
         found[int(step)] = Point(
             step=int(step),
             value=value,
             low=low if has_interval else None,
             high=high if has_interval else None,
             n=None if count is None else int(count),
+            control=None if least is None or most is None else (least, most),
         )
     return [found[step] for step in sorted(found)]
 
@@ -146,6 +158,7 @@ CHARTS: dict[str, Chart] = {
         interval=OVER_ITEMS,
         counted="items",
         series="projection",
+        control="shuffled_range",
     ),
     "update_norm": _geometry("Size of the adapter's update", "Frobenius norm, all layers", "update_norm"),
     "speed": _geometry("Speed of the adapter", "change of the update (norm/step)", "speed"),

@@ -138,7 +138,10 @@ class _Reader:
         return found if isinstance(found, int) else None
 
     def curves(self) -> dict[str, list[Point]]:
-        found = {name: points_of(self.rows_of(chart.source), chart.column) for name, chart in CHARTS.items()}
+        found = {
+            name: points_of(self.rows_of(chart.source), chart.column, control=chart.control)
+            for name, chart in CHARTS.items()
+        }
         return {name: points for name, points in found.items() if points}
 
     def brackets(self) -> dict[str, Bracket]:
