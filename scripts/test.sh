@@ -21,4 +21,7 @@ say "ruff"
 say "mypy, strict"
 .venv/bin/mypy
 say "pytest"
+if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
+    echo "no chromium and chromedriver (Debian: chromium, chromium-driver): the tests of the report's page are skipped"
+fi
 .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"

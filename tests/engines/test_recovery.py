@@ -194,7 +194,7 @@ def test_an_evaluation_that_is_signalled_exits_with_its_number_and_goes_on(
     many: Path, tmp_path: Path, name: str
 ) -> None:
     run = copied(many, tmp_path)
-    command = [sys.executable, "-m", "emtool", "evaluate", str(run.path)]
+    command = [sys.executable, "-m", "emtool", "evaluate", str(run.path), "--metrics", "likelihood"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     scores = run.evaluation_path / "scores.jsonl"
