@@ -185,7 +185,7 @@ def test_a_read_only_run_is_verified_and_not_gone_on_with(read_only: RunFolder) 
 @pytest.fixture(scope="module")
 def many(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run with so many checkpoints that its evaluation can be met at work."""
-    plan, rows = plan_for(tiny_model, rows_file, tmp_path_factory.mktemp("many"), checkpoints="every 1", max_steps=40)
+    plan, rows = plan_for(tiny_model, rows_file, tmp_path_factory.mktemp("many"), checkpoints="every 1", max_steps=12)
     return train(plan, rows, command=[]).run.path
 
 
@@ -211,7 +211,7 @@ def test_an_evaluation_that_is_signalled_exits_with_its_number_and_goes_on(
     assert "SIGUSR1: there is nothing to save now" in errors
     assert "Traceback" not in errors
     before = scores.read_bytes()
-    assert before.count(b"\n") < 40
+    assert before.count(b"\n") < 12
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert scores.read_bytes().startswith(before)
