@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from emtool.report.curves import CHARTS, TRAINING_LOG, Chart
+from emtool.report.curves import CHARTS, MAX_POINTS, TRAINING_LOG, Chart, Point, thinned
 from emtool.report.report_run import ReportRun
 
 #: Lines that people with any kind of colour blindness can tell apart, on white and on near black: the first two are of
@@ -81,7 +81,7 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
             "is_saved": chart.source != TRAINING_LOG or point.step in run.saved_steps,
         }
         for run in runs
-        for point in run.curves.get(name, ())
+        for point in _drawn_points(name, chart, run)
     ]
     curves = alt.Chart(alt.InlineData(values=rows))
     layers: list[alt.Chart] = _brackets(name, runs, colour)
@@ -102,6 +102,11 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
         points.encode(x=step, y=value, color=colour, shape=shape, tooltip=_tooltip(rows, several=len(runs) > 1))
     )
     return alt.layer(*layers).properties(description=f"{chart.title}, {chart.unit}, by optimizer step")
+
+
+def _drawn_points(name: str, chart: Chart, run: ReportRun) -> list[Point]:
+    is_log = chart.source == TRAINING_LOG and len(run.saved_steps) <= MAX_POINTS
+    return thinned(run.curves.get(name, ()), kept=run.saved_steps if is_log else ())
 
 
 def _tooltip(rows: Sequence[Mapping[str, Any]], *, several: bool) -> list[alt.Tooltip]:
@@ -129,32 +134,45 @@ def _brackets(name: str, runs: Sequence[ReportRun], colour: alt.Color) -> list[a
 
 
 def _notes(name: str, chart: Chart, runs: Sequence[ReportRun]) -> list[str]:
+    """Return what a reader of a chart must know: what is counted, what the bands are, what is left out."""
     points = [point for run in runs for point in run.curves.get(name, ())]
     notes = []
-    if counts := sorted({point.n for point in points if point.n is not None}):
-        spread = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-        notes.append(f"n = {spread} {chart.counted} a checkpoint")
+    if counts := [point.n for point in points if point.n is not None]:
+        notes.append(f"n = {_spread(counts)} {chart.counted} a checkpoint")
     if chart.interval and any(point.low is not None for point in points):
         notes.append(f"band: {chart.interval}")
     if any(point.control is not None for point in points):
         notes.append(
             "wide, light band: 95% of directions fitted with shuffled labels; what lies within it is no finding"
         )
-    if chart.is_judged and (judges := sorted({run.judge for run in runs if run.judge and name in run.curves})):
-        notes.append(f"judge: {', '.join(judges)}")
-    if name == "drift":
-        layers = sorted({run.projection_layer for run in runs if run.projection_layer is not None})
-        notes.append(f"decoder block {', '.join(map(str, layers))}")
     if chart.source == TRAINING_LOG:
         notes.append("every optimizer step; symbols: saved checkpoints; no interval, one training")
     elif not chart.interval:
         notes.append("exact, no interval; a diagnostic of the weights, not of behaviour")
+    return notes + _notes_of_runs(name, chart, runs, num_points=len(points))
+
+
+def _notes_of_runs(name: str, chart: Chart, runs: Sequence[ReportRun], *, num_points: int) -> list[str]:
+    """Return what a reader must know of the runs in a chart."""
+    notes = []
+    shown = [run for run in runs if name in run.curves]
+    if chart.is_judged and (judges := sorted({run.judge for run in shown if run.judge})):
+        notes.append(f"judge: {', '.join(judges)}")
+    if chart.control is not None:
+        layers = sorted({run.projection_layer for run in shown if run.projection_layer is not None})
+        notes.append(f"decoder block {', '.join(map(str, layers))}")
     if any(name in run.brackets for run in runs):
         notes.append("upright band: bracket of the change, lighter its 95% interval")
-    lacking = [run.name for run in runs if name not in run.curves]
-    if lacking:
+    if num_left_out := num_points - sum(len(_drawn_points(name, chart, run)) for run in shown):
+        notes.append(f"{num_points - num_left_out:,} of {num_points:,} points drawn: least and largest of each part")
+    if lacking := [run.name for run in runs if name not in run.curves]:
         notes.append(f"no data: {', '.join(lacking)}")
     return notes
+
+
+def _spread(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
@@ -177,10 +195,10 @@ def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
         text=alt.Text("em:Q", format=".0f"),
         color=alt.condition("datum.em > 55", alt.value("#ffffff"), alt.value("#1a1a1a")),
     )
-    counts = sorted({rate.n for rate in run.rates})
-    spread = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     title = "Emergent misalignment by question" + ("" if alone else f", {run.name}")
-    notes = [f"misaligned and coherent answers (%), n = {spread} scored answers a cell, no interval"]
+    notes = [
+        f"misaligned and coherent answers (%), n = {_spread([rate.n for rate in run.rates])} scored answers a cell, no interval"
+    ]
     if run.judge:
         notes.append(f"judge: {run.judge}")
     height = max(60, 24 * len({rate.question_id for rate in run.rates}))

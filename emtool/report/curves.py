@@ -5,11 +5,14 @@ To add a chart, add an entry to `CHARTS`: page, pictures and the list of what is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, PROJECTION_TABLE, number
 from emtool.core.metrics import LEVEL
+
+#: More points than that cannot be seen in a chart; the least and the largest of each part stay.
+MAX_POINTS = 500
 
 #: The training log stands in the run folder, the tables in its evaluation folder.
 TRAINING_LOG = "metrics.jsonl"
@@ -94,6 +97,23 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
             control=None if least is None or most is None else (least, most),
         )
     return [found[step] for step in sorted(found)]
+
+
+def thinned(points: Sequence[Point], *, kept: Collection[int] = ()) -> list[Point]:
+    """Return at most about `MAX_POINTS` of a curve's points: the least and the largest of each part, and both ends.
+
+    Args:
+        points: Points by step.
+        kept: Steps that are never left out: saved checkpoints in a training log.
+    """
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    size = -(-len(points) // (MAX_POINTS // 2))
+    chosen = {points[0].step, points[-1].step, *kept}
+    for begin in range(0, len(points), size):
+        part = points[begin : begin + size]
+        chosen |= {find(part, key=lambda point: point.value).step for find in (min, max)}
+    return [point for point in points if point.step in chosen]
 
 
 def _judged(title: str, unit: str, column: str) -> Chart:

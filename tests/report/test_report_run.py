@@ -8,7 +8,7 @@ import pytest
 
 from emtool.core.errors import CheckpointError
 from emtool.core.run_dir import RunFolder
-from emtool.report.curves import CHARTS, points_of
+from emtool.report.curves import CHARTS, MAX_POINTS, Point, points_of, thinned
 from emtool.report.report_run import Bracket, read_run
 from tests.evaluated import QUESTIONS, STEPS, drawn_answers, write_run
 
@@ -102,3 +102,14 @@ def test_points_of_odd_cells_are_left_out() -> None:
         {"step": 0, "x": 2, "x_low": 1, "x_high": 3},
     ]
     assert [(point.step, point.value, point.low) for point in points_of(rows, "x")] == [(0, 2.0, 1.0), (5, 1.0, None)]
+
+
+def test_long_curves_are_thinned_to_their_ends_and_extremes() -> None:
+    points = [Point(step=step, value=float(step % 97)) for step in range(10_000)]
+    points[5_003] = Point(step=5_003, value=1000.0)
+    points[7_001] = Point(step=7_001, value=-1000.0)
+    drawn = thinned(points, kept=[25, 50])
+    assert len(drawn) <= MAX_POINTS + 4
+    assert {0, 25, 50, 5_003, 7_001, 9_999} <= {point.step for point in drawn}
+    assert drawn == sorted(drawn, key=lambda point: point.step)
+    assert thinned(points[:MAX_POINTS]) == points[:MAX_POINTS]
