@@ -196,9 +196,8 @@ def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
         color=alt.condition("datum.em > 55", alt.value("#ffffff"), alt.value("#1a1a1a")),
     )
     title = "Emergent misalignment by question" + ("" if alone else f", {run.name}")
-    notes = [
-        f"misaligned and coherent answers (%), n = {_spread([rate.n for rate in run.rates])} scored answers a cell, no interval"
-    ]
+    counted = _spread([rate.n for rate in run.rates])
+    notes = [f"misaligned and coherent answers (%), n = {counted} scored answers a cell, no interval"]
     if run.judge:
         notes.append(f"judge: {run.judge}")
     height = max(60, 24 * len({rate.question_id for rate in run.rates}))
