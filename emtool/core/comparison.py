@@ -10,7 +10,7 @@ from typing import Any
 from emtool.core.answer_tables import read_tables, step_tables
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics
 from emtool.core.errors import CheckpointError, ConfigError, unknown_name
-from emtool.core.evaluation_files import ITEM_TABLE, number, read_rows, read_summary, settings_of
+from emtool.core.evaluation_files import ITEM_TABLE, count_of, read_rows, read_summary, settings_of, value_of
 from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean
 from emtool.core.run_dir import FORMAT, RunFolder
 
@@ -113,9 +113,9 @@ class _Evaluated:
         """Return a column of the items' scores by step and item, without those of some domains."""
         found: dict[int, dict[str, float]] = {}
         for row in read_rows(self.run.evaluation_path / ITEM_TABLE):
-            step, value = number(row.get("step")), number(row.get(column))
+            step, value = count_of(row.get("step")), value_of(row.get(column))
             if step is not None and value is not None and row.get("domain") not in left_out:
-                found.setdefault(int(step), {})[str(row.get("item"))] = value
+                found.setdefault(step, {})[str(row.get("item"))] = value
         return dict(sorted(found.items()))
 
 

@@ -24,6 +24,9 @@ GEOMETRY_SUMMARY, GEOMETRY_TABLE, LAYER_TABLE = "geometry.json", "geometry.csv",
 #: What `emtool transition` writes.
 TRANSITION_SUMMARY = "transitions.json"
 
+#: Far above any step, count or value; what lies beyond is no number of a run, and charts cannot draw it.
+MAX_COUNT, MAX_VALUE = 10**12, 1e30
+
 #: Far above any cell of these tables.
 _MAX_FIELD = 1 << 20
 
@@ -56,6 +59,18 @@ def number(cell: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return value if math.isfinite(value) else None
+
+
+def count_of(cell: object) -> int | None:
+    """Return the whole number from 0 that a cell is, or None where it is none, or absurdly large."""
+    value = number(cell)
+    return int(value) if value is not None and 0 <= value <= MAX_COUNT and value == int(value) else None
+
+
+def value_of(cell: object) -> float | None:
+    """Return the number that a cell is, or None where it is none, or absurdly large."""
+    value = number(cell)
+    return value if value is not None and abs(value) <= MAX_VALUE else None
 
 
 def read_summary(run: RunFolder) -> dict[str, Any] | None:

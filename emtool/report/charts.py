@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -57,7 +57,17 @@ def draw_charts(runs: Sequence[ReportRun]) -> list[Drawn]:
         for name, chart in CHARTS.items()
         if any(name in run.curves for run in runs)
     ]
-    return drawn + [_heat_map(run, alone=len(runs) == 1) for run in runs if run.rates]
+    maps = [_heat_map(run, alone=len(runs) == 1) for run in runs if run.rates]
+    return drawn + _with_names_of_their_own(maps)
+
+
+def _with_names_of_their_own(maps: Sequence[Drawn]) -> list[Drawn]:
+    """Return charts that no two have one name: names of runs can differ in letters that a file's name does not take."""
+    names = [chart.name for chart in maps]
+    return [
+        chart if names.count(chart.name) == 1 else replace(chart, name=f"{chart.name}-{number}")
+        for number, chart in enumerate(maps, start=1)
+    ]
 
 
 def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: int) -> Any:

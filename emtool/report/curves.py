@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, PROJECTION_TABLE, number
+from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, PROJECTION_TABLE, count_of, value_of
 from emtool.core.metrics import LEVEL
 
 #: More points than that cannot be seen in a chart; the least and the largest of each part stay.
@@ -82,18 +82,18 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
     """
     found: dict[int, Point] = {}
     for row in rows:
-        step, value = number(row.get("step")), number(row.get(column))
-        if step is None or value is None or step < 0 or step != int(step):
+        step, value = count_of(row.get("step")), value_of(row.get(column))
+        if step is None or value is None:
             continue
-        low, high, count = (number(row.get(f"{column}_{end}")) for end in ("low", "high", "n"))
+        low, high = (value_of(row.get(f"{column}_{end}")) for end in ("low", "high"))
         has_interval = low is not None and high is not None
-        least, most = (number(row.get(f"{control}_{end}")) for end in ("low", "high"))
-        found[int(step)] = Point(
-            step=int(step),
+        least, most = (value_of(row.get(f"{control}_{end}")) for end in ("low", "high"))
+        found[step] = Point(
+            step=step,
             value=value,
             low=low if has_interval else None,
             high=high if has_interval else None,
-            n=None if count is None else int(count),
+            n=count_of(row.get(f"{column}_n")),
             control=None if least is None or most is None else (least, most),
         )
     return [found[step] for step in sorted(found)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from emtool.core.run_dir import RunFolder, replace_file
 from emtool.report.charts import MAX_RUNS, draw_charts
 from emtool.report.page import render_page
 from emtool.report.pictures import draw_pictures
-from emtool.report.report_run import ReportRun, read_run
+from emtool.report.report_run import ReportRun, read_run, shown_text
 
 PAGE, PICTURES = "report.html", "plots"
 
@@ -62,9 +63,11 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return what names each run: its folder's name, with the folder above where two are equal."""
+    """Return what names each run: its folder's name, with as much of the path before it as tells equal ones apart."""
     names = [path.name for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
-        for name, path in zip(names, paths, strict=True)
-    ]
+    if len(set(names)) < len(names):
+        common = Path(os.path.commonpath(paths))
+        names = [path.relative_to(common).as_posix() for path in paths]
+    shown = [shown_text(name) for name in names]
+    # Names can still look alike: long ones are cut, and marks that cannot be shown are left out.
+    return [name if shown.count(name) == 1 else f"{index}: {name}" for index, name in enumerate(shown, start=1)]

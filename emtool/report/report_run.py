@@ -10,10 +10,12 @@ from emtool.core.answer_tables import read_tables, step_tables
 from emtool.core.em_metrics import JudgedAnswer
 from emtool.core.errors import CheckpointError, DataError
 from emtool.core.evaluation_files import (
+    MAX_COUNT,
     PROJECTION_SUMMARY,
     PROJECTION_TABLE,
     QUESTION_TABLE,
     TRANSITION_SUMMARY,
+    count_of,
     number,
     read_rows,
     read_summary,
@@ -154,17 +156,17 @@ class _Reader:
         found = {}
         for name, chart in CHARTS.items():
             steps = {key: by_series.get(chart.series or "", {}).get(key) for key in ("before", "after", "low", "high")}
-            if all(type(step) is int for step in steps.values()):
+            if all(type(step) is int and 0 <= step <= MAX_COUNT for step in steps.values()):
                 found[name] = Bracket(**steps)  # type: ignore[arg-type]
         return found
 
     def rates(self) -> list[QuestionRate]:
         found = []
         for row in self.table(QUESTION_TABLE):
-            step, rate, count = (number(row.get(name)) for name in ("step", "em_pct", "total_evaluated"))
-            question = row.get("question_id")
+            step, count = (count_of(row.get(name)) for name in ("step", "total_evaluated"))
+            rate, question = number(row.get("em_pct")), row.get("question_id")
             if step is not None and rate is not None and count is not None and question and 0 <= rate <= 100:
-                found.append(QuestionRate(step=int(step), question_id=_text(question), em_pct=rate, n=int(count)))
+                found.append(QuestionRate(step=step, question_id=shown_text(question), em_pct=rate, n=count))
         return found
 
     def answers(self) -> list[JudgedAnswer]:
@@ -181,7 +183,7 @@ class _Reader:
         settings = _at(judges[0], "settings") if isinstance(judges, list) and judges else None
         if not isinstance(settings, dict):
             return None
-        return _text(f"{settings.get('kind')}:{settings.get('model')}")
+        return shown_text(f"{settings.get('kind')}:{settings.get('model')}")
 
 
 def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
@@ -202,7 +204,7 @@ def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
         raise CheckpointError(f"{run.path} has nothing to show; evaluate it first: emtool evaluate {run.path}")
     found = ReportRun(
         run=run,
-        name=_text(name or run.path.resolve().name),
+        name=shown_text(name or run.path.resolve().name),
         facts=_facts(reader),
         curves=curves,
         brackets={name: bracket for name, bracket in reader.brackets().items() if name in curves},
@@ -243,10 +245,10 @@ def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
         problems.append(f"checkpoints that are planned and not on disk: {', '.join(gone)}")
     damaged = reader.summary.get("damaged")
     for entry in damaged if isinstance(damaged, list) else []:
-        problems.append(_text(f"damaged: {_at(entry, 'problem')}"))
+        problems.append(shown_text(f"damaged: {_at(entry, 'problem')}"))
     if breaks := _at(reader.manifest, "trajectory_breaks"):
-        problems.append(_text(f"the training broke off and went on with other weights at: {breaks}"))
-    return replace(found, problems=problems)
+        problems.append(shown_text(f"the training broke off and went on with other weights at: {breaks}"))
+    return replace(found, problems=[shown_text(problem) for problem in problems])
 
 
 #: What was run, and where a manifest says it.
@@ -275,21 +277,21 @@ _FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def _facts(reader: _Reader) -> list[tuple[str, str]]:
     found = [(word, _at(reader.manifest, *path)) for word, path in _FACTS]
-    facts = [(word, _text(str(value))) for word, value in found if value is not None]
+    facts = [(word, shown_text(str(value))) for word, value in found if value is not None]
     if isinstance(command := reader.manifest.get("command"), list):
-        facts.append(("command", _text(" ".join(map(str, command)))))
+        facts.append(("command", shown_text(" ".join(map(str, command)))))
     if isinstance(versions := reader.manifest.get("versions"), dict):
-        facts.append(("versions", _text(", ".join(f"{name} {value}" for name, value in versions.items()))))
-    facts.append(("saved checkpoints", _text(", ".join(map(str, reader.run.saved_steps())) or "none on disk")))
+        facts.append(("versions", shown_text(", ".join(f"{name} {value}" for name, value in versions.items()))))
+    facts.append(("saved checkpoints", shown_text(", ".join(map(str, reader.run.saved_steps())) or "none on disk")))
     settings = settings_of(reader.summary)
     if isinstance(generation := settings.get("generation"), dict):
         words = ("n_per_question", "max_new_tokens", "temperature", "top_p", "seed")
-        facts.append(("sampling", _text(", ".join(f"{word} {generation.get(word)}" for word in words))))
+        facts.append(("sampling", shown_text(", ".join(f"{word} {generation.get(word)}" for word in words))))
     if judge := reader.judge():
         rule = _at(reader.summary, "judges")
         first = _at(rule[0], "settings") if isinstance(rule, list) and rule else {}
         facts.append(("judge", judge))
-        facts.append(("counts as misaligned", _text(f"{_at(first, 'misaligned')} and {_at(first, 'coherent')}")))
+        facts.append(("counts as misaligned", shown_text(f"{_at(first, 'misaligned')} and {_at(first, 'coherent')}")))
     if reader.projection_layer is not None:
         facts.append(("layer of the drift", str(reader.projection_layer)))
     return facts
@@ -302,7 +304,7 @@ def _at(value: object, *path: str) -> Any:
     return value
 
 
-def _text(value: str) -> str:
+def shown_text(value: str) -> str:
     """Return a text from a file as it is shown: without control characters, and not endless."""
     shown = " ".join("".join(c if c.isprintable() else " " for c in value).split())
     return shown if len(shown) <= _MAX_TEXT else f"{shown[:_MAX_TEXT]} ..."

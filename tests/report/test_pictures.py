@@ -87,6 +87,25 @@ def test_equal_names_are_told_apart_by_the_folder_above(tmp_path: Path) -> None:
     assert {path.suffix for path in report.pictures} == {".svg", ".png", ".pdf"}
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("x/q/run", "y/q/run"), ["x/q/run", "y/q/run"]),
+        (("a b", "a+b"), ["a b", "a+b"]),
+        (("a\u202eb", "a\u202db"), ["1: a b", "2: a b"]),
+        (("__proto__", "constructor"), ["__proto__", "constructor"]),
+    ],
+)
+def test_every_run_has_a_name_and_pictures_of_its_own(
+    tmp_path: Path, folders: tuple[str, str], names: list[str]
+) -> None:
+    runs = [write_run(tmp_path / folder, drawn_answers(n=1), parts=()) for folder in folders]
+    report = write_report(runs, tmp_path / "out")
+    assert [run.name for run in report.runs] == names
+    assert len(set(report.pictures)) == len(report.pictures)
+    assert sum("questions" in path.name for path in report.pictures) == 6
+
+
 def linear(colour: str) -> tuple[float, ...]:
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     return tuple(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)

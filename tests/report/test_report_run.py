@@ -9,6 +9,7 @@ import pytest
 from emtool.core.errors import CheckpointError
 from emtool.core.run_dir import RunFolder
 from emtool.report.curves import CHARTS, MAX_POINTS, Point, points_of, thinned
+from emtool.report.report import write_report
 from emtool.report.report_run import Bracket, read_run
 from tests.evaluated import QUESTIONS, STEPS, drawn_answers, write_run
 
@@ -88,6 +89,24 @@ def test_damaged_and_hostile_files_become_problems(tmp_path: Path) -> None:
     assert found.brackets == {}
     assert [rate.question_id for rate in found.rates] == ["d"]
     assert {answer.step for answer in found.answers} == {0, 100, 200}
+
+
+def test_numbers_that_no_chart_can_draw_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", drawn_answers())
+    folder = run.evaluation_path
+    huge = {"series": "p_wrong", "is_supported": True, "before": 0, "after": 10**25, "low": 0, "high": 200}
+    (folder / "transitions.json").write_text(json.dumps({"transitions": [huge]}))
+    (folder / "checkpoint_summary.csv").write_text(
+        "step,p_wrong,p_wrong_low,p_wrong_high,p_wrong_n\n0,1e308,0,1,3\n25,0.5,-1e308,1e308,1e308\n1e300,0.5,0,1,3\n"
+    )
+    (folder / "question_scores.csv").write_text(
+        "step,question_id,em_pct,total_evaluated\n1e300,a,50,3\n0,b,50,1e300\n-5,c,5,5\n2.5,d,5,5\n0,e,50,4\n"
+    )
+    found = read_run(run)
+    assert found.brackets == {}
+    assert found.curves["p_wrong"] == [Point(step=25, value=0.5)]
+    assert [rate.question_id for rate in found.rates] == ["e"]
+    assert write_report([run], tmp_path / "out").page_bytes
 
 
 def test_points_of_odd_cells_are_left_out() -> None:
