@@ -19,7 +19,7 @@ from emtool.core.run_dir import RunFolder
 
 def compare(
     run_paths: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Evaluated runs; all are compared with the first.")
+        list[Path], typer.Argument(metavar="RUN", help="Evaluated runs; all are compared with the first.")
     ],
     metric: Annotated[
         str | None,

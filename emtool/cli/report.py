@@ -18,7 +18,7 @@ from emtool.core.run_dir import RunFolder, newest_run
 def report(
     run_paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN...", help="Evaluated runs; without any, the newest one is taken and named."),
+        typer.Argument(metavar="RUN", help="Evaluated runs; without any, the newest one is taken and named."),
     ] = None,
     output: Annotated[
         Path | None,
