@@ -94,14 +94,16 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
         for point in _drawn_points(name, chart, run)
     ]
     curves = alt.Chart(alt.InlineData(values=rows))
-    layers: list[alt.Chart] = _brackets(name, runs, colour)
+    # Bands of many runs lie above one another.
+    fade = max(1.0, len(runs) / 2) ** 0.5
+    layers: list[alt.Chart] = _brackets(name, runs, colour, fade=fade)
     if any("least" in row for row in rows):
         wide = curves.transform_filter("isValid(datum.least)").mark_area(
-            opacity=0.07, line={"strokeWidth": 1, "strokeDash": [1, 3]}
+            opacity=0.07 / fade, line={"strokeWidth": 1, "strokeDash": [1, 3]}
         )
         layers.append(wide.encode(x=step, y=alt.Y("least:Q", title=chart.unit), y2="most:Q", color=colour))
     if any("low" in row for row in rows):
-        band = curves.transform_filter("isValid(datum.low)").mark_area(opacity=0.16)
+        band = curves.transform_filter("isValid(datum.low)").mark_area(opacity=0.16 / fade)
         layers.append(band.encode(x=step, y=alt.Y("low:Q", title=chart.unit), y2="high:Q", color=colour))
     is_log = chart.source == TRAINING_LOG
     layers.append(
@@ -128,7 +130,7 @@ def _tooltip(rows: Sequence[Mapping[str, Any]], *, several: bool) -> list[alt.To
     return [alt.Tooltip("run:N"), *fields] if several else fields
 
 
-def _brackets(name: str, runs: Sequence[ReportRun], colour: alt.Color) -> list[alt.Chart]:
+def _brackets(name: str, runs: Sequence[ReportRun], colour: alt.Color, *, fade: float) -> list[alt.Chart]:
     """Return the brackets of the changes as bands, and their intervals as wider, lighter ones."""
     found = [(run.name, run.brackets[name]) for run in runs if name in run.brackets]
     if not found:
@@ -137,7 +139,7 @@ def _brackets(name: str, runs: Sequence[ReportRun], colour: alt.Color) -> list[a
     wide = [{"run": run, "from": one.low, "to": one.high} for run, one in found]
     return [
         alt.Chart(alt.InlineData(values=values))
-        .mark_rect(opacity=opacity)
+        .mark_rect(opacity=opacity / fade)
         .encode(x=alt.X("from:Q"), x2=alt.X2("to:Q"), color=colour)
         for values, opacity in ((wide, 0.07), (rows, 0.14))
     ]
