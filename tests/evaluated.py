@@ -9,7 +9,15 @@ from typing import Any
 from emtool.core.answer_tables import table_name, table_text
 from emtool.core.csv_text import csv_text
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics, question_rows
-from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, ITEM_TABLE, QUESTION_TABLE, SUMMARY
+from emtool.core.evaluation_files import (
+    CHECKPOINT_TABLE,
+    GEOMETRY_TABLE,
+    ITEM_TABLE,
+    PROJECTION_SUMMARY,
+    PROJECTION_TABLE,
+    QUESTION_TABLE,
+    SUMMARY,
+)
 from emtool.core.judgement import SCORED, UNSCORED, Judgement
 from emtool.core.metrics import bootstrap_mean, flat
 from emtool.core.run_dir import RunFolder, write_json
@@ -95,9 +103,23 @@ def write_run(
         (folder / GEOMETRY_TABLE).write_text(
             "step,update_norm,speed\n0,0.0,\n25,2.0,0.08\n100,5.0,0.04\n200,6.0,0.01\n"
         )
+    if "projections" in parts:
+        rows_of_layers = [
+            {"step": step, "layer": layer, "drift": layer * step / 100, "drift_low": layer * step / 100 - 0.1,
+             "drift_high": layer * step / 100 + 0.1, "drift_n": 31,
+             "shuffled_range_low": -3.0, "shuffled_range_high": 3.0}
+            for step in STEPS
+            for layer in (0, 1)
+        ]  # fmt: skip
+        (folder / PROJECTION_TABLE).write_text(csv_text(rows_of_layers))
+        write_json(folder / PROJECTION_SUMMARY, {"format": 1, "settings": {"layer": 1}})
+        supported = {"series": "projection", "is_supported": True, "before": 25, "after": 100, "low": 25, "high": 100}
+        write_json(folder / "transitions.json", {"format": 1, "transitions": [supported]})
     if "transitions" in parts:
         entry = {"series": "p_wrong", "is_supported": True, "before": 25, "after": 100, "low": 0, "high": 100}
-        write_json(folder / "transitions.json", {"format": 1, "transitions": [entry]})
+        unsupported = {**entry, "series": "em_pct", "is_supported": False}
+        outside = {**entry, "series": "margin", "after": 90_000, "high": 10**6}
+        write_json(folder / "transitions.json", {"format": 1, "transitions": [entry, unsupported, outside]})
     judge_settings = {"stage": "judging", "kind": "openai", "model": judge, **RULE.to_dict()}
     judges = [{"id": "1", "settings": judge_settings}] if judge is not None and by_step else []
     shown = {"format": 1, "settings": _settings(by_step, settings or {}), "checkpoints": [], "damaged": []}
@@ -114,7 +136,7 @@ def _write_answers(
             rows.setdefault(step, {"step": step}).update(flat(em_metrics(found, by_step.get(0), rule=RULE, seed=0)))
     if is_judged and by_step:
         questions = [{"step": s, **row} for s, found in by_step.items() for row in question_rows(found, rule=RULE)]
-        (folder / QUESTION_TABLE).write_text(csv_text(questions))
+        (folder / QUESTION_TABLE).write_bytes(csv_text(questions).encode("utf-8", "replace"))
 
 
 def _write_items(folder: Path, rows: dict[int, dict[str, Any]], *, shift: float) -> None:

@@ -54,16 +54,19 @@ def comparison_view(found: Comparison) -> RenderableType:
     is_judged = METRICS[found.metric] is judged_metric
     places = 1 if is_judged else 3
     for index, differences in enumerate(found.differences, start=1):
-        table = plain_table(padding=2)
+        table = plain_table(padding=1)
         table.add_column("step", justify="right", no_wrap=True)
         for heading in (letters[0], letters[index], f"{letters[index]} - {letters[0]}"):
             table.add_column(heading, no_wrap=True)
+        table.add_column("pairs", justify="right", no_wrap=True)
         for step in sorted(found.values[0].keys() | found.values[index].keys()):
             cells = [_value(found.values[place].get(step), places) for place in (0, index)]
-            table.add_row(f"{step:,}", *map(Text, cells), Text(_difference(differences.get(step), places + 1)))
+            difference = differences.get(step)
+            pairs = "" if difference is None else f"{difference.n:,}"
+            table.add_row(f"{step:,}", *map(Text, cells), Text(_difference(difference, places + 1)), pairs)
         parts += ["", table]
     legend = (
-        f"[95% interval, bootstrap over {'questions' if is_judged else 'items'}]; differences are paired; * the "
+        f"[95% interval, bootstrap over {'questions' if is_judged else 'items'}]; differences are over pairs; * the "
         "interval excludes 0"
     )
     return Group(*parts, "", Text(legend, style="dim"))

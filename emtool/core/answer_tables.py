@@ -107,6 +107,8 @@ def _numbered(answers: Iterator[JudgedAnswer] | Sequence[JudgedAnswer]) -> list[
 
 
 def _read_table(path: Path, step: int | None) -> Iterator[JudgedAnswer]:
+    if path.exists() and not path.is_file():
+        raise DataError(f"cannot read {path}: it is no file")
     try:
         # Half of a surrogate pair, which JSON can hold, is written so by emtool itself.
         text = path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -148,6 +149,9 @@ def compare_runs(
     for run, by_step in zip(runs, values, strict=True):
         if not by_step:
             raise _lacking(run, metric)
+    for run, by_step in zip(runs[1:], differences, strict=True):
+        if not by_step:
+            raise CheckpointError(f"{run.path} and {runs[0].path} have no {metric} of the same checkpoint to compare")
     unlike = _unlike(found, is_judged=METRICS[metric] is judged_metric)
     if unlike and not is_unlike_allowed:
         raise ConfigError(
@@ -179,14 +183,28 @@ def _unlike(found: Sequence[_Evaluated], *, is_judged: bool) -> list[str]:
         values = [entry.get(name) for entry in conditions]
         if any(value != values[0] for value in values):
             shown = dict.fromkeys(_shown(value) for value in values)
-            lines.append(f"{name} ({', '.join(shown)})" if len(shown) > 1 else name)
-    return lines
+            lines.append(f"{_shown(name)} ({', '.join(shown)})" if len(shown) > 1 else _shown(name))
+    return lines + (_uneven(found) if is_judged else [])
+
+
+def _uneven(found: Sequence[_Evaluated]) -> list[str]:
+    """Return checkpoints at which runs have other numbers of answers to a question: order would pair them wrongly."""
+    counts = [
+        {step: Counter(answer.question_id for answer in answers) for step, answers in entry.answers().items()}
+        for entry in found
+    ]
+    common = set.intersection(*(set(by_step) for by_step in counts))
+    uneven = [step for step in sorted(common) if any(by_step[step] != counts[0][step] for by_step in counts)]
+    return [f"numbers of answers at step {', '.join(map(str, uneven))}"] if uneven else []
 
 
 def _conditions(entry: _Evaluated, *, is_judged: bool) -> dict[str, Any]:
     part = entry.settings.get("generation" if is_judged else "likelihood")
     settings = part if isinstance(part, dict) else {}
     found = {name: settings.get(name) for name in (_SAMPLING if is_judged else _LIKELIHOOD)}
+    if isinstance(questions := found.get("questions"), list):
+        # Asked in another order, they are the same.
+        found["questions"] = sorted(str(question) for question in questions)
     if is_judged:
         found["texts of the questions"] = sorted(
             {answer.question for answers in entry.answers().values() for answer in answers}

@@ -37,6 +37,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         DataError: If it cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"cannot read {path}: it is no file")
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         # As a spreadsheet saves it, there may be a mark of the byte order before the header.

@@ -266,7 +266,8 @@ def json_bytes(value: object) -> bytes:
 def read_json(path: Path) -> Any:
     """Return what a JSON file of emtool's holds, or None where there is none that can be read and written again."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        # A pipe would be waited for.
+        return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError):
         return None
 

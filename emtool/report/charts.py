@@ -93,15 +93,17 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
         for run in runs
         for point in _drawn_points(name, chart, run)
     ]
+    rows += [{"run": run.name, "step": step} for run in runs for step in run.gaps.get(name, ())[:MAX_POINTS]]
     curves = alt.Chart(alt.InlineData(values=rows))
     # Bands of many runs lie above one another.
     fade = max(1.0, len(runs) / 2) ** 0.5
     layers: list[alt.Chart] = _brackets(name, runs, colour, fade=fade)
     if any("least" in row for row in rows):
-        wide = curves.transform_filter("isValid(datum.least)").mark_area(
-            opacity=0.07 / fade, line={"strokeWidth": 1, "strokeDash": [1, 3]}
-        )
-        layers.append(wide.encode(x=step, y=alt.Y("least:Q", title=chart.unit), y2="most:Q", color=colour))
+        controls = curves.transform_filter("isValid(datum.least)")
+        ends = [alt.Y(f"{end}:Q", title=chart.unit) for end in ("least", "most")]
+        layers.append(controls.mark_area(opacity=0.07 / fade).encode(x=step, y=ends[0], y2="most:Q", color=colour))
+        edge = controls.mark_line(strokeWidth=1, strokeDash=[1, 3])
+        layers += [edge.encode(x=step, y=end, color=colour) for end in ends]
     if any("low" in row for row in rows):
         band = curves.transform_filter("isValid(datum.low)").mark_area(opacity=0.16 / fade)
         layers.append(band.encode(x=step, y=alt.Y("low:Q", title=chart.unit), y2="high:Q", color=colour))
@@ -109,7 +111,9 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
     layers.append(
         curves.mark_line(strokeWidth=1 if is_log else 2).encode(x=step, y=value, color=colour, strokeDash=dash)
     )
-    points = curves.transform_filter("datum.is_saved").mark_point(filled=True, size=55, opacity=1)
+    points = curves.transform_filter("datum.is_saved && isValid(datum.value)").mark_point(
+        filled=True, size=55, opacity=1
+    )
     layers.append(
         points.encode(x=step, y=value, color=colour, shape=shape, tooltip=_tooltip(rows, several=len(runs) > 1))
     )
@@ -139,7 +143,7 @@ def _brackets(name: str, runs: Sequence[ReportRun], colour: alt.Color, *, fade: 
     wide = [{"run": run, "from": one.low, "to": one.high} for run, one in found]
     return [
         alt.Chart(alt.InlineData(values=values))
-        .mark_rect(opacity=opacity / fade)
+        .mark_rect(opacity=opacity / fade, clip=True)
         .encode(x=alt.X("from:Q"), x2=alt.X2("to:Q"), color=colour)
         for values, opacity in ((wide, 0.07), (rows, 0.14))
     ]
@@ -177,6 +181,8 @@ def _notes_of_runs(name: str, chart: Chart, runs: Sequence[ReportRun], *, num_po
         notes.append("upright band: bracket of the change, lighter its 95% interval")
     if num_left_out := num_points - sum(len(_drawn_points(name, chart, run)) for run in shown):
         notes.append(f"{num_points - num_left_out:,} of {num_points:,} points drawn: least and largest of each part")
+    if num_gaps := sum(len(run.gaps.get(name, ())) for run in shown):
+        notes.append(f"{num_gaps:,} steps without a finite value: the line is broken there")
     if lacking := [run.name for run in runs if name not in run.curves]:
         notes.append(f"no data: {', '.join(lacking)}")
     return notes

@@ -99,6 +99,13 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
     return [found[step] for step in sorted(found)]
 
 
+def gaps_of(rows: Iterable[Mapping[str, object]], column: str, points: Sequence[Point]) -> list[int]:
+    """Return the steps within a curve at which a row has no finite number: a line must not bridge them."""
+    there = {point.step for point in points}
+    steps = {step for row in rows if column in row and (step := count_of(row.get("step"))) is not None} - there
+    return sorted(step for step in steps if points[0].step < step < points[-1].step)
+
+
 def thinned(points: Sequence[Point], *, kept: Collection[int] = ()) -> list[Point]:
     """Return at most about `MAX_POINTS` of a curve's points: the least and the largest of each part, and both ends.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from emtool.core.em_metrics import JudgedAnswer
 from emtool.core.judgement import SCORED, UNSCORED, Judgement
+from emtool.report.report_run import shown_text
 
 #: A word with the space before it, marks likewise, or other space: one after another they are the text again.
 _WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
@@ -58,7 +59,13 @@ def pack_answers(names: Sequence[str], answers: Iterable[tuple[int, JudgedAnswer
         ]
         for run, answer in ordered
     ]
-    index = {"runs": list(names), "questions": list(questions), "asked": list(asked), "words": words, "answers": rows}
+    index = {
+        "runs": list(names),
+        "questions": [shown_text(question) for question in questions],
+        "asked": list(asked),
+        "words": words,
+        "answers": rows,
+    }
     written = json.dumps(index, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packed = bytearray()
     for text in texts:

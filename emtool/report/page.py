@@ -18,6 +18,9 @@ from emtool.report.packing import pack_answers
 from emtool.report.pictures import vega_lite_version
 from emtool.report.report_run import ReportRun
 
+#: What tells a page of emtool's from others.
+MADE_BY = "Made by emtool"
+
 _ASSETS = Path(__file__).parents[1] / "assets" / "report"
 
 
@@ -62,7 +65,7 @@ def render_page(runs: Sequence[ReportRun], drawn: Sequence[Drawn]) -> str:
         heat_maps=[chart for chart in drawn if chart.name.startswith(QUESTIONS)],
         tables=[_numbers(run) for run in runs],
         num_answers=f"{len(answers):,}",
-        version=__version__,
+        made_by=f"{MADE_BY} {__version__}",
         chart_data=_data_block(_chart_data(drawn)),
         packed=pack_answers(names, answers) if answers else None,
         style=style,

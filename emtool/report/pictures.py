@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emtool.core.run_dir import replace_file
+from emtool.core.errors import CheckpointError
+from emtool.core.run_dir import FORMAT, read_json, replace_file, write_json
 from emtool.report.charts import HEIGHT, QUESTIONS, Drawn, config_of
 from emtool.report.curves import CHARTS
+
+#: The pictures that a report wrote: what the next one may remove.
+_LIST = ".pictures.json"
 
 #: Kinds of picture; a PNG has twice the pixels.
 KINDS = ("svg", "png", "pdf")
@@ -23,30 +27,38 @@ _NOTE_CHARACTERS = 95
 
 
 def draw_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """Write each chart in every kind, each file whole or not at all; pictures of charts that are no more are removed.
+    """Write each chart in every kind, each file whole or not at all.
+
+    Pictures that an earlier report wrote and this one does not are removed; no other file is.
 
     Returns:
         The files.
 
     Raises:
+        CheckpointError: If the folder is a link, which would lead the files elsewhere.
         OSError: If one cannot be written.
     """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link; pictures are written into a folder only")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    listed = read_json(folder / _LIST)
+    before = listed.get("pictures") if isinstance(listed, dict) else None
+    names = [f"{chart.name}.{kind}" for chart in drawn for kind in KINDS]
+    known = {name for name in before if _is_picture(name)} if isinstance(before, list) else set()
+    # First, so that what is written is known to be a report's whatever comes between.
+    write_json(folder / _LIST, {"format": FORMAT, "pictures": sorted(known | set(names))})
     for chart in drawn:
         for kind, content in _render(picture_spec(chart)).items():
-            path = folder / f"{chart.name}.{kind}"
-            replace_file(path, content)
-            written.append(path)
-    for path in folder.iterdir():
-        if path not in written and _is_picture(path.name):
-            path.unlink()
-    return written
+            replace_file(folder / f"{chart.name}.{kind}", content)
+    for name in known - set(names):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / _LIST, {"format": FORMAT, "pictures": sorted(names)})
+    return [folder / name for name in names]
 
 
 def picture_spec(chart: Drawn) -> dict[str, Any]:
     """Return a chart as it stands alone: with its title and notes, of a fixed size, on white."""
-    notes = textwrap.wrap("; ".join(chart.notes), _NOTE_CHARACTERS)
+    notes = textwrap.wrap("; ".join(chart.notes), _NOTE_CHARACTERS, break_on_hyphens=False)
     return {
         "height": HEIGHT,
         **chart.spec,
@@ -76,7 +88,9 @@ def vega_lite_version() -> str:
     return f"{major}.{minor}"
 
 
-def _is_picture(name: str) -> bool:
+def _is_picture(name: object) -> bool:
     """Return whether a file name is one that a report gives to a picture."""
+    if not isinstance(name, str):
+        return False
     stem, _, kind = name.rpartition(".")
     return kind in KINDS and (stem in CHARTS or re.fullmatch(rf"{QUESTIONS}_[\w.-]+", stem) is not None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.run_dir import RunFolder, replace_file
 from emtool.report.charts import MAX_RUNS, draw_charts
-from emtool.report.page import render_page
+from emtool.report.page import MADE_BY, render_page
 from emtool.report.pictures import draw_pictures
 from emtool.report.report_run import ReportRun, read_run, shown_text
 
@@ -42,7 +42,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
         folder: Where they are written.
 
     Raises:
-        ConfigError: If there are none, more than can be told apart, or one twice.
+        ConfigError: If there are none, more than can be told apart, or one twice, or the folder is taken.
         CheckpointError: If a run has nothing to show, or a file cannot be written.
     """
     if not 1 <= len(runs) <= MAX_RUNS:
@@ -53,13 +53,28 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     found = [read_run(run, name=name) for run, name in zip(runs, _names(paths), strict=True)]
     drawn = draw_charts(found)
     page = render_page(found, drawn).encode("utf-8")
+    _check_free(folder, runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = draw_pictures(drawn, folder / PICTURES)
         replace_file(folder / PAGE, page)
+        pictures = draw_pictures(drawn, folder / PICTURES)
     except OSError as error:
         raise CheckpointError(f"cannot write the report in {folder}: {error.strerror}") from error
     return Report(page_path=folder / PAGE, page_bytes=len(page), pictures=pictures, runs=found)
+
+
+def _check_free(folder: Path, runs: Sequence[RunFolder]) -> None:
+    """Refuse a folder that is another run's, or has a page that no report wrote.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    is_run = RunFolder(path=folder).manifest_path.exists()
+    if is_run and folder.resolve() not in [run.path.resolve() for run in runs]:
+        raise ConfigError(f"{folder} is another run's folder; choose another with --output")
+    page = folder / PAGE
+    if page.is_file() and MADE_BY.encode() not in page.read_bytes():
+        raise ConfigError(f"{page} was not made by emtool; it is not overwritten, choose another folder with --output")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -10,7 +10,6 @@ from emtool.core.answer_tables import read_tables, step_tables
 from emtool.core.em_metrics import JudgedAnswer
 from emtool.core.errors import CheckpointError, DataError
 from emtool.core.evaluation_files import (
-    MAX_COUNT,
     PROJECTION_SUMMARY,
     PROJECTION_TABLE,
     QUESTION_TABLE,
@@ -22,7 +21,10 @@ from emtool.core.evaluation_files import (
     settings_of,
 )
 from emtool.core.run_dir import RunFolder, read_json
-from emtool.report.curves import CHARTS, TRAINING_LOG, Point, points_of
+from emtool.report.curves import CHARTS, TRAINING_LOG, Point, gaps_of, points_of
+
+#: How a character that cannot be shown is, as in the page's own script.
+_MARK = "\u2039U+{:04X}\u203a"
 
 #: Characters of a fact that are shown: names and hashes are far shorter.
 _MAX_TEXT = 300
@@ -71,7 +73,8 @@ class ReportRun:
         name: What names it in the report.
         facts: What was run, as pairs of a word and its value.
         curves: Name of a chart to its points; charts without any are not there.
-        brackets: Name of a chart to the change in it.
+        gaps: Name of a chart to steps within its curve without a finite value.
+        brackets: Name of a chart to the change in it; none where the curve does not leave its control.
         rates: Cells of the heat map.
         answers: Answers of all checkpoints, as far as they were judged with what the judge said.
         saved_steps: Checkpoints on disk.
@@ -84,6 +87,7 @@ class ReportRun:
     name: str
     facts: Sequence[tuple[str, str]]
     curves: Mapping[str, Sequence[Point]]
+    gaps: Mapping[str, Sequence[int]]
     brackets: Mapping[str, Bracket]
     rates: Sequence[QuestionRate]
     answers: Sequence[JudgedAnswer]
@@ -101,6 +105,7 @@ class _Reader:
         self.problems: list[str] = []
         self._tables: dict[str, list[dict[str, str]]] = {}
         self.manifest = self._manifest()
+        self.training_log = self._training_log()
         summary = read_summary(run)
         if summary is None:
             self.problems.append("summary.json cannot be read; evaluate again to make it anew")
@@ -116,6 +121,16 @@ class _Reader:
             self.problems.append(str(error))
             return {}
 
+    def _training_log(self) -> Sequence[Mapping[str, object]]:
+        if self.run.metrics_path.exists() and not self.run.metrics_path.is_file():
+            self.problems.append(f"cannot read {self.run.metrics_path}: it is no file")
+            return []
+        try:
+            return self.run.read_metrics()
+        except CheckpointError as error:
+            self.problems.append(str(error))
+            return []
+
     def table(self, name: str) -> list[dict[str, str]]:
         """Return a table of the evaluation folder; empty where it is not there or cannot be read."""
         if name not in self._tables:
@@ -129,7 +144,7 @@ class _Reader:
     def rows_of(self, source: str) -> Sequence[Mapping[str, object]]:
         """Return the rows of a chart's source."""
         if source == TRAINING_LOG:
-            return self.run.read_metrics()
+            return self.training_log
         if source == PROJECTION_TABLE:
             return [row for row in self.table(source) if row.get("layer") == str(self.projection_layer)]
         return self.table(source)
@@ -146,18 +161,27 @@ class _Reader:
         }
         return {name: points for name, points in found.items() if points}
 
-    def brackets(self) -> dict[str, Bracket]:
+    def gaps(self, curves: Mapping[str, Sequence[Point]]) -> dict[str, list[int]]:
+        found = {name: gaps_of(self.rows_of(CHARTS[name].source), CHARTS[name].column, curves[name]) for name in curves}
+        return {name: steps for name, steps in found.items() if steps}
+
+    def brackets(self, curves: Mapping[str, Sequence[Point]]) -> dict[str, Bracket]:
         entries = _at(read_json(self.run.evaluation_path / TRANSITION_SUMMARY), "transitions")
-        by_series = {
+        by_series: dict[str, dict[str, Any]] = {
             entry["series"]: entry
             for entry in (entries if isinstance(entries, list) else [])
             if isinstance(entry, dict) and isinstance(entry.get("series"), str) and entry.get("is_supported") is True
         }
         found = {}
-        for name, chart in CHARTS.items():
-            steps = {key: by_series.get(chart.series or "", {}).get(key) for key in ("before", "after", "low", "high")}
-            if all(type(step) is int and 0 <= step <= MAX_COUNT for step in steps.values()):
-                found[name] = Bracket(**steps)  # type: ignore[arg-type]
+        for name, points in curves.items():
+            entry = by_series.get(CHARTS[name].series or "", {})
+            there = {point.step for point in points}
+            keys = ("low", "before", "after", "high")
+            steps = {key: step for key in keys if type(step := entry.get(key)) is int and step in there}
+            if len(steps) < len(keys) or _is_within_control(points):
+                continue
+            if steps["low"] <= steps["before"] < steps["after"] <= steps["high"]:
+                found[name] = Bracket(**steps)
         return found
 
     def rates(self) -> list[QuestionRate]:
@@ -172,6 +196,9 @@ class _Reader:
     def answers(self) -> list[JudgedAnswer]:
         found = []
         for path in step_tables(self.run.evaluation_path).values():
+            if path.is_symlink():
+                self.problems.append(f"{path} is a link, which may lead out of the run; it is not shown")
+                continue
             try:
                 found += read_tables(path)
             except DataError as error:
@@ -207,7 +234,8 @@ def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
         name=shown_text(name or run.path.resolve().name),
         facts=_facts(reader),
         curves=curves,
-        brackets={name: bracket for name, bracket in reader.brackets().items() if name in curves},
+        gaps=reader.gaps(curves),
+        brackets=reader.brackets(curves),
         rates=reader.rates(),
         answers=answers,
         saved_steps=run.saved_steps(),
@@ -216,6 +244,12 @@ def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
         problems=[],
     )
     return _with_problems(found, reader)
+
+
+def _is_within_control(points: Sequence[Point]) -> bool:
+    """Return whether a curve that has a control never leaves it: then a change in it is no finding."""
+    ranges = [(point.value, point.control) for point in points if point.control is not None]
+    return bool(ranges) and all(control[0] <= value <= control[1] for value, control in ranges)
 
 
 def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
@@ -305,6 +339,7 @@ def _at(value: object, *path: str) -> Any:
 
 
 def shown_text(value: str) -> str:
-    """Return a text from a file as it is shown: without control characters, and not endless."""
-    shown = " ".join("".join(c if c.isprintable() else " " for c in value).split())
+    """Return a text from a file as it is shown: one line, not endless; what would turn or hide text by its number."""
+    line = " ".join(value[: 4 * _MAX_TEXT].split())
+    shown = "".join(c if c.isprintable() else _MARK.format(ord(c)) for c in line)
     return shown if len(shown) <= _MAX_TEXT else f"{shown[:_MAX_TEXT]} ..."

@@ -1,5 +1,6 @@
 """Comparing runs: differences as by hand, and runs that were evaluated differently."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,52 @@ def test_runs_that_were_evaluated_differently_are_refused_and_it_is_said_what_di
         assert [line.split(" (")[0] for line in found.unlike] == [name]
         # What only judged answers depend on does not matter here.
         assert compare_runs([first, other], metric="p_wrong").unlike == []
+    fewer = [
+        answer
+        for answer in drawn_answers()
+        if (answer.step, answer.question_id, answer.pair[1]) != (100, QUESTIONS[1], 0)
+    ]
+    with pytest.raises(ConfigError, match="evaluated differently: numbers of answers at step 100"):
+        compare_runs([first, write_run(tmp_path / "g", fewer)])
+    reordered = write_run(tmp_path / "h", drawn_answers(), settings={"questions": list(reversed(QUESTIONS))})
+    assert compare_runs([first, reordered]).unlike == []
+    items = write_run(tmp_path / "i", drawn_answers())
+    summary = json.loads((items.evaluation_path / "summary.json").read_text())
+    summary["settings"]["likelihood"]["items_sha256"] = "2" * 64
+    (items.evaluation_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ConfigError, match="evaluated differently: items_sha256"):
+        compare_runs([first, items], metric="p_wrong")
     # The seed of the sampling is no other way of evaluating.
     assert compare_runs([first, write_run(tmp_path / "f", drawn_answers(), settings={"seed": 7})]).unlike == []
+
+
+def test_domains_that_any_run_was_trained_on_are_left_out(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path / name, drawn_answers()) for name in ("a", "b"))
+    path = second.evaluation_path / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["settings"]["trained_domain"] = "cars"
+    path.write_text(json.dumps(summary))
+    with pytest.raises(CheckpointError, match="has no p_wrong_other"):
+        compare_runs([first, second], metric="p_wrong_other")
+    assert compare_runs([first, second], metric="p_wrong").values[0][0].n == 10
+
+
+def test_incoherent_answers_are_no_emergent_misalignment(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from emtool.core.judgement import SCORED, Judgement
+
+    incoherent = Judgement(status=SCORED, score=40.0)
+    answers = [replace(judged(0, q, n, aligned=10.0), coherent=incoherent) for q in QUESTIONS for n in range(4)]
+    run = write_run(tmp_path / "a", answers)
+    assert compare_runs([run, run]).values[0][0].value == 0.0
+    assert compare_runs([run, run], metric="misaligned_pct").values[0][0].value == 100.0
+
+
+def test_runs_without_a_checkpoint_in_common_are_refused(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{step}", drawn_answers(steps=(step,))) for step in (0, 100)]
+    with pytest.raises(CheckpointError, match="have no em_pct of the same checkpoint"):
+        compare_runs(runs)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

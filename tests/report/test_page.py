@@ -166,6 +166,14 @@ def test_a_link_leads_to_one_answer_and_keys_lead_on(chromium: Any, page: Path) 
     assert chromium.execute_script("return document.activeElement.dataset.key") == "1/100/5/2"
     link = chromium.find_element("css selector", "article a").get_attribute("href")
     assert link.endswith("#answer/control/100/question_5/2")
+    open_page(chromium, page)
+    choose(chromium, step="25", question="2")
+    listed = shown(chromium)
+    chromium.find_element("css selector", "article a").click()
+    assert shown(chromium) == listed[:1]
+    chromium.back()
+    chromium.execute_async_script("setTimeout(arguments[0], 250)")
+    assert shown(chromium) == listed
     open_page(chromium, page, "#answer/control/100/question_9/2")
     assert "not in this report" in chromium.find_element("id", "count").text
     open_page(chromium, page, "#answer/%E0%A4%A")
@@ -215,11 +223,12 @@ HOSTILE = (
     "line\u2028separator\u2029 and \x00 nothing \x1b[31m",
     "datum.value; window.hacked = 10",
     "half \ud800 pair",
+    "tags \U000e0041\U000e0042 and \u3164 filler",
 )
 
 
 def test_hostile_texts_stay_texts(chromium: Any, tmp_path: Path) -> None:
-    names = [f"q {index} {text}".replace("\ud800", "") for index, text in enumerate(HOSTILE)]
+    names = [f"q {index} {text}" for index, text in enumerate(HOSTILE)]
     answers = [
         judged(step, name, 0, aligned=20.0, text=text, asked=f"Asked: {text}")
         for step in (0, 25)
@@ -264,6 +273,7 @@ def test_hostile_texts_stay_texts(chromium: Any, tmp_path: Path) -> None:
         assert planted_text in text
     # What would turn or hide text is shown by its number.
     assert "safe (202E)gnp.exe(202C) (2066)x(2069) (200B)(200F)" in re.sub("\u2039U\\+(\\w+)\u203a", r"(\1)", text)
+    assert "tags (E0041)(E0042) and (3164) filler" in re.sub("\u2039U\\+(\\w+)\u203a", r"(\1)", text)
     assert "(0000) nothing (001B)[31m" in re.sub("\u2039U\\+(\\w+)\u203a", r"(\1)", text)
     shown_text = chromium.execute_script("return document.body.innerText")
     assert not any(mark in shown_text for mark in "\u202e\u2066\x00\x1b")

@@ -1,12 +1,13 @@
 """Pictures say what they show, the runs can be told apart, and those of an earlier report do not stay."""
 
 import itertools
+import json
 import struct
 from pathlib import Path
 
 import pytest
 
-from emtool.core.errors import ConfigError
+from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.run_dir import RunFolder
 from emtool.report.charts import COLOURS, MAX_RUNS, draw_charts
 from emtool.report.curves import CHARTS
@@ -63,11 +64,55 @@ def test_pictures_of_an_earlier_report_do_not_stay_and_others_do(tmp_path: Path)
     run = write_run(tmp_path / "run", drawn_answers(), parts=())
     plots = tmp_path / "run" / "plots"
     plots.mkdir()
-    for name in ("loss.svg", "questions_other-run.pdf", "mine.svg", "loss.txt"):
-        (plots / name).write_text("old")
+    for name in ("loss.svg", "questions_mine.png", "mine.svg", "loss.txt"):
+        (plots / name).write_text("somebody's own")
     charts = draw_charts([read_run(run)])
+    draw_pictures(charts[:2], plots)
     draw_pictures(charts[:1], plots)
-    assert {path.name for path in plots.iterdir()} == {"em_pct.svg", "em_pct.png", "em_pct.pdf", "mine.svg", "loss.txt"}
+    there = {path.name for path in plots.iterdir() if not path.name.startswith(".")}
+    assert there == {"em_pct.svg", "em_pct.png", "em_pct.pdf", "loss.svg", "questions_mine.png", "mine.svg", "loss.txt"}
+    (plots / ".pictures.json").write_text('{"pictures": ["../../run.json", "mine.svg", 5, "loss.txt"]}')
+    draw_pictures(charts[:1], plots)
+    assert {path.name for path in plots.iterdir() if not path.name.startswith(".")} == there
+    assert run.manifest_path.exists()
+    (tmp_path / "link").symlink_to(plots)
+    with pytest.raises(CheckpointError, match="is a link"):
+        draw_pictures(charts[:1], tmp_path / "link")
+
+
+def test_what_is_not_a_report_is_not_overwritten(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", parts=("likelihood",))
+    other = write_run(tmp_path / "other", parts=("likelihood",))
+    with pytest.raises(ConfigError, match="is another run's folder"):
+        write_report([run], other.path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(ConfigError, match="was not made by emtool"):
+        write_report([run], tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_text() == "<p>mine</p>"
+    write_report([run], run.path)
+    write_report([run], run.path)
+
+
+def test_a_broken_curve_and_a_control_are_drawn_as_such(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", drawn_answers(), parts=("likelihood", "projections", "training"))
+    lines = [{"step": step, "loss": 3.0 if not 50 < step < 150 else "nan", "grad_norm": 1.0} for step in range(1, 201)]
+    run.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_run(run)
+    charts = {chart.name: chart for chart in draw_charts([found])}
+    assert "99 steps without a finite value: the line is broken there" in charts["loss"].notes
+    rows = [row for layer in charts["loss"].spec["layer"] for row in layer.get("data", {}).get("values", ())]
+    rows += [row for values in charts["loss"].spec.get("datasets", {}).values() for row in values]
+    assert {"run": "run", "step": 100} in rows
+    drift = charts["drift"]
+    assert any("no finding" in note for note in drift.notes)
+    assert "decoder block 1" in drift.notes
+    # Of two layers in the table the one that is shown.
+    assert [point.value for point in found.curves["drift"]] == [0.0, 0.25, 1.0, 2.0]
+    assert found.curves["drift"][3].control == (-3.0, 3.0)
+    # It stays within its control: a change in it is no finding.
+    assert "drift" not in found.brackets
+    assert "p_wrong" not in found.brackets, "no transition was written"
 
 
 def test_runs_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
@@ -92,7 +137,7 @@ def test_equal_names_are_told_apart_by_the_folder_above(tmp_path: Path) -> None:
     [
         (("x/q/run", "y/q/run"), ["x/q/run", "y/q/run"]),
         (("a b", "a+b"), ["a b", "a+b"]),
-        (("a\u202eb", "a\u202db"), ["1: a b", "2: a b"]),
+        (("a\u202eb", "a\u202db"), ["a\u2039U+202E\u203ab", "a\u2039U+202D\u203ab"]),
         (("__proto__", "constructor"), ["__proto__", "constructor"]),
     ],
 )

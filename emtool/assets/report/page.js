@@ -37,6 +37,9 @@
   const [RUN, STEP, QUESTION, NUMBER, ASKED, ALIGNED, COHERENT, SAID] = [0, 1, 2, 3, 4, 5, 6, 7];
   const PAGE = 40;
   const LONG = 3000;
+  const ASKED_LONG = 1000;
+  // A character of two halves is not cut in two.
+  const cut = (text, most) => text.slice(0, most).replace(/[\ud800-\udbff]$/, "");
   const run = byId("run");
   const step = byId("step");
   const beside = byId("beside");
@@ -48,11 +51,12 @@
   let places = new Map();
   let found = [];
   let shown = 0;
+  let before = null;
 
   // Marks that turn the direction of text, hide it, or are no text at all.
   function visible(text) {
-    return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb]/gu,
-      (mark) => `‹U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
+    return text.replace(/[\p{Cc}\p{Cf}\p{Cs}\u2028\u2029\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0e\u{e0100}-\u{e01ef}]/gu,
+      (mark) => (mark === "\n" || mark === "\t") ? mark : `‹U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
   }
 
   async function inflate(id) {
@@ -122,6 +126,11 @@
     fillSteps();
   }
 
+  function values() {
+    const fields = [...byId("filters").elements].filter((field) => field.id && field.matches("select, input"));
+    return Object.fromEntries(fields.map((field) => [field.id, field.type === "checkbox" ? field.checked : field.value]));
+  }
+
   function score(id) {
     const text = byId(id).value;
     const value = Number(text);
@@ -162,7 +171,8 @@
   function row(index) {
     const one = data.answers[index];
     const element = make("div", "answers-row");
-    const asked = make("p", "asked", visible(data.asked[one[ASKED]]));
+    const question = data.asked[one[ASKED]];
+    const asked = make("p", "asked", visible(cut(question, ASKED_LONG)) + (question.length > ASKED_LONG ? " ..." : ""));
     asked.dir = "auto";
     element.append(asked);
     if (beside.value === "") {
@@ -195,6 +205,7 @@
       meta.append(part);
     }
     const link = make("a", "", "link");
+    link.setAttribute("aria-label", `link to this answer: step ${one[STEP]}, ${data.questions[one[QUESTION]]}, ${one[NUMBER] + 1}`);
     link.href = `#answer/${[data.runs[one[RUN]], one[STEP], data.questions[one[QUESTION]], one[NUMBER]].map(encodeURIComponent).join("/")}`;
     meta.append(link);
     article.append(meta, said(one[SAID]));
@@ -212,7 +223,7 @@
       part.textContent = visible(text);
       return part;
     }
-    part.textContent = visible(text.slice(0, LONG));
+    part.textContent = visible(cut(text, LONG));
     const rest = make("button", "", `show all ${text.length.toLocaleString("en")} characters`);
     rest.type = "button";
     rest.addEventListener("click", () => {
@@ -227,6 +238,7 @@
   // A link to one answer names it by run, step, question and number, so that it holds in another report too.
   function followLink() {
     if (!location.hash.startsWith("#answer/")) return false;
+    before ??= values();
     let names;
     try {
       names = location.hash.slice(8).split("/").map(decodeURIComponent);
@@ -235,6 +247,7 @@
     }
     const place = places.get(key(data.runs.indexOf(names[0]), Number(names[1]), data.questions.indexOf(names[2]), Number(names[3])));
     if (place === undefined) {
+      clear();
       filter();
       byId("count").textContent = "The answer of this link is not in this report; all are shown.";
       return true;
@@ -259,7 +272,8 @@
 
   function goTo(offset) {
     const all = [...list.querySelectorAll(".answers-row")].map((one) => one.querySelector("article"));
-    const here = all.indexOf(document.activeElement.closest?.("article") ?? null);
+    const row = document.activeElement.closest?.(".answers-row");
+    const here = row ? all.indexOf(row.querySelector("article")) : -1;
     const next = all[here === -1 ? (offset > 0 ? 0 : all.length - 1) : here + offset];
     if (next) next.focus();
     else if (offset > 0 && !more.hidden) {
@@ -270,6 +284,7 @@
 
   let waiting = 0;
   byId("filters").addEventListener("input", (event) => {
+    before = null;
     if (event.target === run) fillSteps();
     clearTimeout(waiting);
     waiting = setTimeout(filter, event.target === search ? 150 : 0);
@@ -277,7 +292,17 @@
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("clear").addEventListener("click", () => { clear(); filter(); });
   more.addEventListener("click", showMore);
-  addEventListener("hashchange", followLink);
+  // Going back from the link of an answer brings the filters back that were set before it.
+  addEventListener("hashchange", () => {
+    if (followLink() || !before) return;
+    for (const [id, value] of Object.entries(before)) {
+      if (id === "step") fillSteps();
+      if (id === "unscored") byId(id).checked = value;
+      else byId(id).value = value;
+    }
+    before = null;
+    filter();
+  });
   addEventListener("keydown", (event) => {
     const isTyping = event.target.closest?.("input, select, textarea");
     if (!data || event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
