@@ -81,6 +81,7 @@ def test_it_loads_without_a_complaint_and_asks_nobody(chromium: Any, page: Path)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_dark", [False, True])
 @pytest.mark.parametrize("width", [360, 800, 1400])
 def test_nothing_is_wider_than_the_screen(page: Path, width: int, is_dark: bool) -> None:
@@ -322,6 +323,7 @@ def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
     assert write_page([run], tmp_path).read_bytes() == write_page([run], tmp_path).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "has_answers", "judge"),
     [
