@@ -599,6 +599,7 @@ def test_an_evaluation_that_stops_goes_on(tiny_model: Path, rows_file: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_save_stop_and_go_on_together(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """Two gloo processes under torchrun: one writes, both stop at the same step, and the bits are the same."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

@@ -89,6 +89,7 @@ def within(share: float, actual: int, estimated: int) -> bool:
     return abs(actual - estimated) <= share * actual
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     ("model_folder", "case"), [(case, case) for case in CASES], indirect=["model_folder"], ids=CASES

@@ -189,6 +189,7 @@ def many(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFac
     return train(plan, rows, command=[]).run.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_evaluation_that_is_signalled_exits_with_its_number_and_goes_on(
     many: Path, tmp_path: Path, name: str
