@@ -6,12 +6,21 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from emtool.core.answer_tables import read_tables, step_tables
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics
 from emtool.core.errors import CheckpointError, ConfigError, unknown_name
-from emtool.core.evaluation_files import ITEM_TABLE, count_of, read_rows, read_summary, settings_of, value_of
+from emtool.core.evaluation_files import (
+    ITEM_TABLE,
+    count_of,
+    first_judge_of,
+    read_rows,
+    read_summary,
+    settings_of,
+    value_of,
+)
 from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean
 from emtool.core.run_dir import FORMAT, RunFolder
 
@@ -95,12 +104,9 @@ class _Evaluated:
     @property
     def judge(self) -> dict[str, Any] | None:
         """Return the settings of the judge whose scores the tables hold; None without one."""
-        judges = self.summary.get("judges")
-        settings = (
-            judges[0].get("settings") if isinstance(judges, list) and judges and isinstance(judges[0], dict) else None
-        )
-        return settings if isinstance(settings, dict) else None
+        return first_judge_of(self.summary)
 
+    @cached_property
     def answers(self) -> dict[int, list[JudgedAnswer]]:
         """Return the judged answers by step; a step of which none has a score is left out.
 
@@ -190,7 +196,7 @@ def _unlike(found: Sequence[_Evaluated], *, is_judged: bool) -> list[str]:
 def _uneven(found: Sequence[_Evaluated]) -> list[str]:
     """Return checkpoints at which runs have other numbers of answers to a question: order would pair them wrongly."""
     counts = [
-        {step: Counter(answer.question_id for answer in answers) for step, answers in entry.answers().items()}
+        {step: Counter(answer.question_id for answer in answers) for step, answers in entry.answers.items()}
         for entry in found
     ]
     common = set.intersection(*(set(by_step) for by_step in counts))
@@ -207,7 +213,7 @@ def _conditions(entry: _Evaluated, *, is_judged: bool) -> dict[str, Any]:
         found["questions"] = sorted(str(question) for question in questions)
     if is_judged:
         found["texts of the questions"] = sorted(
-            {answer.question for answers in entry.answers().values() for answer in answers}
+            {answer.question for answers in entry.answers.values() for answer in answers}
         )
         found |= {f"judge's {name}": value for name, value in (entry.judge or {}).items() if name != "stage"}
     return found
@@ -227,7 +233,7 @@ def judged_metric(found: Sequence[_Evaluated], metric: str) -> _Found:
         if entry.judge is None:
             raise _lacking(entry.run, metric)
     rule, seed = _rule(found[0]), _seed(found[0])
-    answers = [entry.answers() for entry in found]
+    answers = [entry.answers for entry in found]
     values = [
         {step: em_metrics(here, None, rule=rule, seed=seed)[metric] for step, here in by_step.items()}
         for by_step in answers

@@ -88,3 +88,11 @@ def settings_of(summary: dict[str, Any] | None) -> dict[str, Any]:
     """Return what a summary says of how it was made."""
     settings = (summary or {}).get("settings")
     return settings if isinstance(settings, dict) else {}
+
+
+def first_judge_of(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the settings of the judge whose scores the tables hold; None without one."""
+    judges = (summary or {}).get("judges")
+    first = judges[0] if isinstance(judges, list) and judges else None
+    settings = first.get("settings") if isinstance(first, dict) else None
+    return settings if isinstance(settings, dict) else None

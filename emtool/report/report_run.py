@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emtool.core.answer_tables import read_tables, step_tables
@@ -15,13 +15,14 @@ from emtool.core.evaluation_files import (
     QUESTION_TABLE,
     TRANSITION_SUMMARY,
     count_of,
+    first_judge_of,
     number,
     read_rows,
     read_summary,
     settings_of,
 )
 from emtool.core.run_dir import RunFolder, read_json
-from emtool.report.curves import CHARTS, TRAINING_LOG, Point, gaps_of, points_of
+from emtool.report.curves import CHARTS, TRAINING_LOG, Chart, Point, gaps_of, points_of
 
 #: How a character that cannot be shown is, as in the page's own script.
 _MARK = "\u2039U+{:04X}\u203a"
@@ -110,6 +111,9 @@ class _Reader:
         if summary is None:
             self.problems.append("summary.json cannot be read; evaluate again to make it anew")
         self.summary: dict[str, Any] = summary or {}
+        self.judge_settings = first_judge_of(summary)
+        layer = _at(read_json(run.evaluation_path / PROJECTION_SUMMARY), "settings", "layer")
+        self.projection_layer: int | None = layer if isinstance(layer, int) else None
 
     def _manifest(self) -> Mapping[str, object]:
         if not self.run.manifest_path.exists():
@@ -148,11 +152,6 @@ class _Reader:
         if source == PROJECTION_TABLE:
             return [row for row in self.table(source) if row.get("layer") == str(self.projection_layer)]
         return self.table(source)
-
-    @property
-    def projection_layer(self) -> int | None:
-        found = _at(read_json(self.run.evaluation_path / PROJECTION_SUMMARY), "settings", "layer")
-        return found if isinstance(found, int) else None
 
     def curves(self) -> dict[str, list[Point]]:
         found = {
@@ -206,9 +205,8 @@ class _Reader:
         return found
 
     def judge(self) -> str | None:
-        judges = self.summary.get("judges")
-        settings = _at(judges[0], "settings") if isinstance(judges, list) and judges else None
-        if not isinstance(settings, dict):
+        settings = self.judge_settings
+        if settings is None:
             return None
         return shown_text(f"{settings.get('kind')}:{settings.get('model')}")
 
@@ -253,19 +251,15 @@ def _is_within_control(points: Sequence[Point]) -> bool:
 
 
 def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
-    from dataclasses import replace
-
     problems = list(reader.problems)
-    lacking: dict[str, list[str]] = {}
+    lacking: dict[str, list[Chart]] = {}
     for name, chart in CHARTS.items():
         if name not in found.curves:
-            lacking.setdefault(chart.made_by, []).append(chart.title)
-    for made_by, titles in lacking.items():
-        is_scoreless = found.judge is not None and all(
-            CHARTS[name].is_judged for name in CHARTS if CHARTS[name].title in titles
-        )
+            lacking.setdefault(chart.made_by, []).append(chart)
+    for made_by, charts in lacking.items():
+        is_scoreless = found.judge is not None and all(chart.is_judged for chart in charts)
         why = f"{found.judge} gave no answer both scores; another judge:" if is_scoreless else "no data;"
-        problems.append(f"{'; '.join(titles)}: {why} {made_by} {found.run.path}")
+        problems.append(f"{'; '.join(chart.title for chart in charts)}: {why} {made_by} {found.run.path}")
     if not found.answers:
         problems.append(f"answers to read: none; emtool evaluate {found.run.path}")
     evaluated = {
@@ -279,9 +273,9 @@ def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
         problems.append(f"checkpoints that are planned and not on disk: {', '.join(gone)}")
     damaged = reader.summary.get("damaged")
     for entry in damaged if isinstance(damaged, list) else []:
-        problems.append(shown_text(f"damaged: {_at(entry, 'problem')}"))
+        problems.append(f"damaged: {_at(entry, 'problem')}")
     if breaks := _at(reader.manifest, "trajectory_breaks"):
-        problems.append(shown_text(f"the training broke off and went on with other weights at: {breaks}"))
+        problems.append(f"the training broke off and went on with other weights at: {breaks}")
     return replace(found, problems=[shown_text(problem) for problem in problems])
 
 
@@ -322,10 +316,9 @@ def _facts(reader: _Reader) -> list[tuple[str, str]]:
         words = ("n_per_question", "max_new_tokens", "temperature", "top_p", "seed")
         facts.append(("sampling", shown_text(", ".join(f"{word} {generation.get(word)}" for word in words))))
     if judge := reader.judge():
-        rule = _at(reader.summary, "judges")
-        first = _at(rule[0], "settings") if isinstance(rule, list) and rule else {}
+        rule = [str(_at(reader.judge_settings, name)) for name in ("misaligned", "coherent")]
         facts.append(("judge", judge))
-        facts.append(("counts as misaligned", shown_text(f"{_at(first, 'misaligned')} and {_at(first, 'coherent')}")))
+        facts.append(("counts as misaligned", shown_text(" and ".join(rule))))
     if reader.projection_layer is not None:
         facts.append(("layer of the drift", str(reader.projection_layer)))
     return facts
