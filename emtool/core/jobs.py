@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from emtool.core.errors import ConfigError
+from emtool.core.errors import CheckpointError
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import lock_holder
 
@@ -114,11 +114,11 @@ def run_job(job: Job) -> JobOutcome:
         if not job.folder.is_dir():
             raise FileNotFoundError(2, "no such folder here; workers need the folders of whoever starts them")
         for folder in job.locked:
-            _wait_for(folder)
+            wait_for(folder)
         for command in job.commands:
             if (problem := _run(command, job)) is not None:
                 return JobOutcome(name=job.name, problem=problem)
-    except (OSError, ConfigError) as error:
+    except (OSError, CheckpointError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         return JobOutcome(name=job.name, problem=f"{job.folder}: {reason}")
     return JobOutcome(name=job.name)
@@ -151,17 +151,28 @@ def _run(command: Command, job: Job) -> str | None:
     return f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
 
 
-def _wait_for(folder: Path) -> None:
-    """Return when no process holds a folder.
+def wait_for(folder: Path) -> None:
+    """Return when no process holds a folder: one that was told to stop saves first.
 
     Raises:
-        ConfigError: If one still does after `LOCK_SECONDS`.
+        CheckpointError: If one still does after `LOCK_SECONDS`.
     """
     end = time.monotonic() + LOCK_SECONDS
     while (holder := lock_holder(RunFolder(path=folder))) is not None:
         if time.monotonic() > end:
-            raise ConfigError(f"{folder} is held by process {holder or '(unknown)'}")
+            raise CheckpointError(f"{folder} is held by process {holder or '(unknown)'}")
         time.sleep(_PAUSE_SECONDS)
+
+
+def thread_variables(threads: int | None) -> tuple[tuple[str, str], ...]:
+    """Return the variables that make a job compute with a number of threads, unless the user has set them.
+
+    Args:
+        threads: Threads; None leaves the number to the libraries.
+    """
+    if threads is None or "OMP_NUM_THREADS" in os.environ:
+        return ()
+    return (("OMP_NUM_THREADS", str(threads)), ("MKL_NUM_THREADS", str(threads)))
 
 
 def last_line(path: Path, begin: int = 0) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_files import read_summary
 from emtool.core.finished import is_completed
-from emtool.core.jobs import Command, Job
+from emtool.core.jobs import Command, Job, thread_variables
 from emtool.core.run_dir import FORMAT, RunFolder, read_json, replace_file, write_json
 from emtool.core.sweep import Cell, Sweep
 
@@ -147,13 +146,6 @@ class SweepFolder:
             locked=(run, RunFolder(path=run).evaluation_path),
             environment=thread_variables(threads),
         )
-
-
-def thread_variables(threads: int | None) -> tuple[tuple[str, str], ...]:
-    """Return the variables that make a process compute with a number of threads, unless the user has set them."""
-    if threads is None or "OMP_NUM_THREADS" in os.environ:
-        return ()
-    return (("OMP_NUM_THREADS", str(threads)), ("MKL_NUM_THREADS", str(threads)))
 
 
 def metric_rows(states: Sequence[CellState]) -> list[dict[str, object]]:
