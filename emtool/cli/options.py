@@ -17,6 +17,7 @@ from emtool.core.hardware import cuda_device_count, parse_device
 from emtool.core.models import MODELS
 from emtool.core.optimizers import OPTIMIZERS
 from emtool.core.personas import PERSONAS
+from emtool.core.reporters import REPORTERS
 from emtool.core.settings import (
     COMMAND_LINE,
     SCHEDULE_KEYS,
@@ -71,6 +72,10 @@ Dtype = Annotated[
 ]
 SaveDtype = Annotated[
     str | None, typer.Option(callback=_check_dtype, help="Dtype of saved adapters; auto is the base model's.")
+]
+ReportTo = Annotated[
+    str | None,
+    _option(f"Show the run's numbers besides in: {', '.join(REPORTERS)}. \\[default: none]"),
 ]
 OutputRoot = Annotated[Path | None, _option("Folder that holds the run folders. \\[default: outputs]")]
 AlignedCutoff = Annotated[
