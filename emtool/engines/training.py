@@ -218,9 +218,7 @@ def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, c
     )
     assert len(trainer.train_dataset) == plan.num_train_rows, "the Trainer has other rows than the plan"
     checkpoints.attach(trainer)
-    run.processes.decide(
-        lambda: begin_report(config.report_to, trainer, folder, run_id=run.opened.run_id)
-    )
+    run.processes.decide(lambda: begin_report(config.report_to, trainer, folder, run_id=run.opened.run_id))
     run.on_event(PhaseStarted(name="training", total=plan.total_steps))
     with checkpoints.deferring():
         trainer.train(resume_from_checkpoint=None if run.opened.state is None else str(run.opened.state))
