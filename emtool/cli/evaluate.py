@@ -24,6 +24,7 @@ from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import read_request
+from emtool.core.judge_spec import BACKENDS
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.sampling import SAMPLINGS
 
@@ -109,7 +110,11 @@ def evaluate(
     ] = "auto",
     backend: Annotated[
         str,
-        typer.Option(help="What answers: hf, openai\\[:NAME-{step}] or scripted:FILE.", rich_help_panel=ANSWERS_PANEL),
+        typer.Option(
+            autocompletion=among(BACKENDS),
+            help="What answers: hf, openai\\[:NAME-{step}] or scripted:FILE.",
+            rich_help_panel=ANSWERS_PANEL,
+        ),
     ] = "hf",
     backend_url: Annotated[
         str | None, typer.Option(help="Server for --backend openai.", rich_help_panel=ANSWERS_PANEL)
