@@ -28,6 +28,9 @@ from emtool.core.judge_spec import BACKENDS
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.sampling import SAMPLINGS
 
+#: How the backends are written; a bracket would be taken for a style.
+BACKEND_FORMS = ", ".join(kind.form for kind in BACKENDS.values()).replace("[", "\\[")
+
 ANSWERS_PANEL, JUDGE_PANEL, ACTIVATIONS_PANEL = "Answers", "Judges", "Activations"
 
 
@@ -112,7 +115,7 @@ def evaluate(
         str,
         typer.Option(
             autocompletion=among(BACKENDS),
-            help="What answers: hf, openai\\[:NAME-{step}] or scripted:FILE.",
+            help=f"What answers: {BACKEND_FORMS}.",
             rich_help_panel=ANSWERS_PANEL,
         ),
     ] = "hf",
