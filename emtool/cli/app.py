@@ -43,12 +43,14 @@ class BoundaryGroup(PlainGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command.
+        """Return a command; None where the shell asks what could follow a name that there is not.
 
         Raises:
             ConfigError: If there is none of that name.
         """
         if cmd_name not in COMMANDS:
+            if ctx.resilient_parsing:
+                return None
             raise unknown_name("command", cmd_name, COMMANDS)
         return load_command(cmd_name)
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from emtool.cli.options import AsJson
+from emtool.cli.options import AsJson, among, complete_runs
 from emtool.cli.output import data, one_line, print_json, talk
 from emtool.cli.render import plain_table, sparkline
 from emtool.core.comparison import METRICS, Comparison, compare_runs, judged_metric
@@ -19,11 +19,17 @@ from emtool.core.run_dir import RunFolder
 
 def compare(
     run_paths: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Evaluated runs; all are compared with the first.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN", autocompletion=complete_runs, help="Evaluated runs; all are compared with the first."
+        ),
     ],
     metric: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(METRICS)}. \\[default: em_pct where all are judged, else p_wrong_other]"),
+        typer.Option(
+            autocompletion=among(METRICS),
+            help=f"{', '.join(METRICS)}. \\[default: em_pct where all are judged, else p_wrong_other]",
+        ),
     ] = None,
     allow_unlike: Annotated[
         bool, typer.Option("--allow-unlike", help="Compare runs that were evaluated differently, too.")

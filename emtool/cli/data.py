@@ -10,13 +10,13 @@ from rich.text import Text
 
 from emtool.cli.data_view import DatasetFacts, Lengths, dataset_dict, dataset_view, datasets_table
 from emtool.cli.fetching import fetch_here, source_for
-from emtool.cli.options import AsJson, Model, Profile, read_settings
+from emtool.cli.options import AsJson, Model, Profile, among, read_settings
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
 from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.core.cache import find_model_path
 from emtool.core.data import Conversation, file_sha256
 from emtool.core.data_stats import LengthStats, RowStats, num_characters
-from emtool.core.datasets import known_datasets, resolve_dataset
+from emtool.core.datasets import DATASETS, known_datasets, resolve_dataset
 from emtool.core.errors import DataError, ModelError
 from emtool.core.plan import plan_run
 from emtool.core.run_plan import RunPlan
@@ -41,7 +41,12 @@ def list_datasets(as_json: AsJson = False) -> None:
 
 @commands.command(cls=PlainCommand)
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A published dataset, or hub:OWNER/NAME[:SPLIT].")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", autocompletion=among(DATASETS), help="A published dataset, or hub:OWNER/NAME[:SPLIT]."
+        ),
+    ],
     source: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +80,12 @@ def fetch(
 @commands.command(cls=PlainCommand)
 def info(
     context: typer.Context,
-    dataset: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A dataset, or a JSON Lines or Parquet file.")],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE", autocompletion=among(DATASETS), help="A dataset, or a JSON Lines or Parquet file."
+        ),
+    ],
     model: Model = None,
     profile: Profile = None,
     as_json: AsJson = False,

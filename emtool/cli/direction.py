@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emtool.cli.inside_view import direction_view, projection_view
-from emtool.cli.options import AlignedCutoff, AsJson, CoherentCutoff, Strict
+from emtool.cli.options import AlignedCutoff, AsJson, CoherentCutoff, Strict, complete_runs
 from emtool.cli.output import data, print_json, quiet_libraries, say
 from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.core.config import MAX_SEED
@@ -31,7 +31,10 @@ def _group() -> None:
 
 @commands.command(cls=PlainCommand)
 def fit(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run evaluated with --extract-activations.")],
+    run_path: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", autocompletion=complete_runs, help="Run evaluated with --extract-activations."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to write. \\[default: RUN/evaluation/direction.safetensors]"),
@@ -67,7 +70,10 @@ def fit(
 def apply(
     path: Annotated[Path, typer.Argument(metavar="DIRECTION", help="File that `emtool direction fit` wrote.")],
     run_paths: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs evaluated with --extract-activations.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", autocompletion=complete_runs, help="Runs evaluated with --extract-activations."
+        ),
     ],
     layer: Annotated[int | None, typer.Option(help="Decoder block to show. \\[default: the direction's best]")] = None,
     seed: Annotated[

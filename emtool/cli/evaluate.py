@@ -10,16 +10,27 @@ import typer
 
 from emtool.cli.arguments import given_arguments
 from emtool.cli.evaluation_view import evaluation_view, plan_view
-from emtool.cli.options import AlignedCutoff, CoherentCutoff, Device, Dtype, OutputRoot, Strict, output_root_of
+from emtool.cli.options import (
+    AlignedCutoff,
+    CoherentCutoff,
+    Device,
+    Dtype,
+    OutputRoot,
+    Strict,
+    among,
+    complete_runs,
+    output_root_of,
+)
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
 from emtool.cli.workers import Address, Workers, make_pool, threads_of
 from emtool.core.errors import CheckpointError, ConfigError
-from emtool.core.evaluation_config import FIXED
+from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import EvaluationRequest, read_request
-from emtool.core.judge_spec import HF
+from emtool.core.judge_spec import BACKENDS, HF
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.run_lock import locked_evaluation
+from emtool.core.sampling import SAMPLINGS
 from emtool.core.shard_jobs import absorb_leftovers, record_on_workers
 from emtool.core.shards import Shard, leftover_shards
 
@@ -38,6 +49,9 @@ _NOT_FOR_WORKERS = (
     "concurrency",
 )
 
+#: How the backends are written; a bracket would be taken for a style.
+BACKEND_FORMS = ", ".join(kind.form for kind in BACKENDS.values()).replace("[", "\\[")
+
 ANSWERS_PANEL, JUDGE_PANEL, ACTIVATIONS_PANEL = "Answers", "Judges", "Activations"
 
 
@@ -45,13 +59,21 @@ def evaluate(
     context: typer.Context,
     run_path: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="Run folder; without it, the newest run is taken and named."),
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_runs,
+            help="Run folder; without it, the newest run is taken and named.",
+        ),
     ] = None,
     steps: Annotated[
         str | None, typer.Option(help="Checkpoints to evaluate, for instance 0,100,final. \\[default: all]")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="likelihood, answers, or both joined by a comma. \\[default: both]")
+        str | None,
+        typer.Option(
+            autocompletion=among(METRIC_GROUPS),
+            help="likelihood, answers, or both joined by a comma. \\[default: both]",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the bootstrap intervals.")] = 0,
     device: Device = None,
@@ -74,6 +96,7 @@ def evaluate(
     profile: Annotated[
         str | None,
         typer.Option(
+            autocompletion=among(ANSWERS_OF_PROFILE),
             help="Numbers to take where none are given: paper (50 answers, 600 tokens) or demo (4, 64). "
             "\\[default: the run's]",
             rich_help_panel=ANSWERS_PANEL,
@@ -101,6 +124,7 @@ def evaluate(
     sampling: Annotated[
         str | None,
         typer.Option(
+            autocompletion=among(SAMPLINGS),
             help="pure: the distribution as it is; model: what its publisher recommends. \\[default: pure]",
             rich_help_panel=ANSWERS_PANEL,
         ),
@@ -110,7 +134,11 @@ def evaluate(
     ] = "auto",
     backend: Annotated[
         str,
-        typer.Option(help="What answers: hf, openai\\[:NAME-{step}] or scripted:FILE.", rich_help_panel=ANSWERS_PANEL),
+        typer.Option(
+            autocompletion=among(BACKENDS),
+            help=f"What answers: {BACKEND_FORMS}.",
+            rich_help_panel=ANSWERS_PANEL,
+        ),
     ] = "hf",
     backend_url: Annotated[
         str | None, typer.Option(help="Server for --backend openai.", rich_help_panel=ANSWERS_PANEL)
@@ -147,7 +175,12 @@ def evaluate(
         str, typer.Option(help="Decoder blocks: all, upper-half or 10-20.", rich_help_panel=ACTIVATIONS_PANEL)
     ] = "all",
     activation_texts: Annotated[
-        str, typer.Option(help="fixed, or own: each checkpoint's answers.", rich_help_panel=ACTIVATIONS_PANEL)
+        str,
+        typer.Option(
+            autocompletion=among(ACTIVATION_TEXTS),
+            help="fixed, or own: each checkpoint's answers.",
+            rich_help_panel=ACTIVATIONS_PANEL,
+        ),
     ] = FIXED,
     workers: Workers = None,
     address: Address = None,

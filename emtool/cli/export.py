@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emtool.cli.options import AsJson
+from emtool.cli.options import AsJson, complete_runs
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
 from emtool.cli.render import plain_table
 from emtool.core.disk import format_bytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_runs, help="Run folder.")],
     steps: Annotated[
         str | None, typer.Option(help="Milestones to export, for instance 0,100,final. \\[default: all]")
     ] = None,

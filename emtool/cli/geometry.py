@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emtool.cli.inside_view import geometry_view
-from emtool.cli.options import AsJson, OutputRoot, Steps, output_root_of
+from emtool.cli.options import AsJson, OutputRoot, Steps, complete_runs, output_root_of
 from emtool.cli.output import data, print_json, quiet_libraries, say
 from emtool.core.evaluation_files import GEOMETRY_TABLE, LAYER_TABLE
 from emtool.core.run_dir import RunFolder, newest_run
@@ -17,7 +17,11 @@ from emtool.core.run_dir import RunFolder, newest_run
 def geometry(
     run_path: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="Run folder; without it, the newest run is taken and named."),
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_runs,
+            help="Run folder; without it, the newest run is taken and named.",
+        ),
     ] = None,
     steps: Steps = None,
     output_root: OutputRoot = None,

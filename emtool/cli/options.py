@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from emtool.core.adapter import BIASES
-from emtool.core.config import BASELINE, PROFILE_NAMES, SCHEDULERS, TEMPLATE_COMPATS, TrainConfig
+from emtool.core.adapter import ALL_LINEAR, BIASES
+from emtool.core.config import BASELINE, PERSONA_MODES, PROFILE_NAMES, SCHEDULERS, TEMPLATE_COMPATS, TrainConfig
 from emtool.core.datasets import DATASETS
 from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.hardware import cuda_device_count, parse_device
 from emtool.core.models import MODELS
 from emtool.core.optimizers import OPTIMIZERS
-from emtool.core.personas import PERSONAS
+from emtool.core.personas import PERSONAS, PUBLISHED
+from emtool.core.reporters import REPORTERS
+from emtool.core.schedule_text import PRESETS
 from emtool.core.settings import (
     COMMAND_LINE,
     SCHEDULE_KEYS,
@@ -45,32 +47,74 @@ def _check_device(value: str | None) -> str | None:
     return value
 
 
-def _option(text: str, panel: str | None = None) -> typer.models.OptionInfo:
-    option: typer.models.OptionInfo = typer.Option(help=text, rich_help_panel=panel)
+def among(names: Iterable[str]) -> Callable[[], list[str]]:
+    """Return what offers the shell the names that a value can have; a registry's as they are when it is asked."""
+    return lambda: list(names)
+
+
+def complete_runs() -> list[str]:
+    """Return the paths of the run folders, for the shell; none where a settings file cannot be read."""
+    try:
+        root = output_root_of(None)
+    except ConfigError:
+        return []
+    return sorted(str(path.parent) for path in root.glob("*/run.json"))
+
+
+def complete_personas() -> list[str]:
+    """Return the names of all personas, for the shell, whatever base model they are for."""
+    return list(dict.fromkeys((BASELINE, *PERSONAS, *PUBLISHED)))
+
+
+def _option(
+    text: str, panel: str | None = None, *, offer: Callable[[], list[str]] | None = None, check: Any = None
+) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(
+        help=text, rich_help_panel=panel, autocompletion=offer, callback=check
+    )
     return option
 
 
-Profile = Annotated[str | None, _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. \\[default: auto]")]
-Model = Annotated[str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.")]
+Profile = Annotated[
+    str | None,
+    _option(f"Defaults to start from: {', '.join(PROFILE_NAMES)}. \\[default: auto]", offer=among(PROFILE_NAMES)),
+]
+Model = Annotated[
+    str | None, _option(f"Base model: {', '.join(MODELS)}, a hub id or a local folder.", offer=among(MODELS))
+]
 Dataset = Annotated[
     str | None,
-    _option(f"Training data: {', '.join(DATASETS)}, hub:OWNER/NAME[:SPLIT], or a JSON Lines or Parquet file."),
+    _option(
+        f"Training data: {', '.join(DATASETS)}, hub:OWNER/NAME[:SPLIT], or a JSON Lines or Parquet file.",
+        offer=among(DATASETS),
+    ),
 ]
 Persona = Annotated[
-    str | None, _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}, or a published one.")
+    str | None,
+    _option(f"Character of the base: {', '.join((BASELINE, *PERSONAS))}, or a published one.", offer=complete_personas),
 ]
 PersonaAdapter = Annotated[str | None, _option("PEFT folder that holds the persona; names it after the folder.")]
 PersonaMode = Annotated[
-    str | None, _option("merged: into the base before training; stacked: a frozen adapter beside. \\[default: merged]")
+    str | None,
+    _option(
+        "merged: into the base before training; stacked: a frozen adapter beside. \\[default: merged]",
+        offer=among(PERSONA_MODES),
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(callback=_check_device, help="auto, cpu, cuda or cuda:N. \\[default: auto]")
+    str | None,
+    _option("auto, cpu, cuda or cuda:N. \\[default: auto]", offer=among(("auto", "cpu", "cuda")), check=_check_device),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(callback=_check_dtype, help=f"Dtype of the base model: {', '.join(_DTYPES)}.")
+    str | None, _option(f"Dtype of the base model: {', '.join(_DTYPES)}.", offer=among(_DTYPES), check=_check_dtype)
 ]
 SaveDtype = Annotated[
-    str | None, typer.Option(callback=_check_dtype, help="Dtype of saved adapters; auto is the base model's.")
+    str | None,
+    _option("Dtype of saved adapters; auto is the base model's.", offer=among(_DTYPES), check=_check_dtype),
+]
+ReportTo = Annotated[
+    str | None,
+    _option(f"Show the run's numbers besides in: {', '.join(REPORTERS)}. \\[default: none]", offer=among(REPORTERS)),
 ]
 OutputRoot = Annotated[Path | None, _option("Folder that holds the run folders. \\[default: outputs]")]
 AlignedCutoff = Annotated[
@@ -94,30 +138,45 @@ CustomCheckpoints = Annotated[
 SaveSteps = Annotated[
     int | None, typer.Option(min=1, help="Save every N steps and the final one.", rich_help_panel=SCHEDULE)
 ]
-Checkpoints = Annotated[str | None, _option("Any schedule, for instance 'init, every 50, !100' or 'log 10'.", SCHEDULE)]
+Checkpoints = Annotated[
+    str | None,
+    _option("Any schedule, for instance 'init, every 50, !100' or 'log 10'.", SCHEDULE, offer=among(PRESETS)),
+]
 TotalSteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of the run, instead of counting them.")]
 StepsPerEpoch = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of an epoch, for terms like 0.5ep.")]
 
 NumTrainEpochs = Annotated[float | None, _option("Passes over the data.", HYPER)]
 BatchSize = Annotated[int | None, _option("Rows of a micro-batch.", HYPER)]
 AccumulationSteps = Annotated[int | None, _option("Micro-batches of a step.", HYPER)]
-Optim = Annotated[str | None, _option(f"Optimizer: {', '.join(OPTIMIZERS)}.", HYPER)]
-LrSchedulerType = Annotated[str | None, _option(f"Learning-rate schedule: {', '.join(SCHEDULERS)}.", HYPER)]
+Optim = Annotated[str | None, _option(f"Optimizer: {', '.join(OPTIMIZERS)}.", HYPER, offer=among(OPTIMIZERS))]
+LrSchedulerType = Annotated[
+    str | None, _option(f"Learning-rate schedule: {', '.join(SCHEDULERS)}.", HYPER, offer=among(SCHEDULERS))
+]
 TemplateCompat = Annotated[
     str | None,
     _option(
         f"What is trained on: {', '.join(TEMPLATE_COMPATS)} (the published trainer's empty assistant turn as well).",
         HYPER,
+        offer=among(TEMPLATE_COMPATS),
     ),
 ]
 LoraR = Annotated[int | None, _option("LoRA rank.", HYPER)]
-LoraBias = Annotated[str | None, _option(f"Biases trained beside the adapter: {', '.join(BIASES)}.", HYPER)]
+LoraBias = Annotated[
+    str | None, _option(f"Biases trained beside the adapter: {', '.join(BIASES)}.", HYPER, offer=among(BIASES))
+]
 UseDora = Annotated[bool, typer.Option("--use-dora", help="DoRA: a magnitude for each layer.", rich_help_panel=HYPER)]
 TargetModules = Annotated[
     str | None,
-    _option("Layers to adapt: all-linear, names joined by commas, or a regular expression for whole names.", HYPER),
+    _option(
+        "Layers to adapt: all-linear, names joined by commas, or a regular expression for whole names.",
+        HYPER,
+        offer=among((ALL_LINEAR,)),
+    ),
 ]
-LayersToTransform = Annotated[str | None, _option("Decoder blocks with an adapter: all, upper-half or 15-29.", HYPER)]
+LayersToTransform = Annotated[
+    str | None,
+    _option("Decoder blocks with an adapter: all, upper-half or 15-29.", HYPER, offer=among(("all", "upper-half"))),
+]
 ModulesToSave = Annotated[str | None, _option("Modules trained and saved whole, joined by commas.", HYPER)]
 
 

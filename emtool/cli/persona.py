@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from emtool.cli.options import AsJson, Device, Dtype, Model, Profile, read_settings
+from emtool.cli.options import AsJson, Device, Dtype, Model, Profile, complete_personas, read_settings
 from emtool.cli.output import data, one_line, print_json, progress, quiet_libraries, say
 from emtool.cli.plain_options import PlainCommand, PlainGroup
 from emtool.cli.plan_view import facts_table
@@ -22,7 +22,7 @@ from emtool.core.models import ModelReference, resolve_model
 from emtool.core.persona_list import PersonaEntry, list_personas
 from emtool.core.personas import PERSONAS, PersonaRecipe
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The persona.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_personas, help="The persona.")]
 
 commands = typer.Typer(cls=PlainGroup, help="Personas.", no_args_is_help=True, add_completion=False)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from emtool.cli.options import AsJson, OutputRoot, output_root_of
+from emtool.cli.options import AsJson, OutputRoot, complete_runs, output_root_of
 from emtool.cli.output import data, one_line, print_json, say
 from emtool.core.disk import format_bytes
 from emtool.core.evaluation_files import SUMMARY
@@ -18,7 +18,11 @@ from emtool.core.run_dir import RunFolder, newest_run
 def report(
     run_paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN", help="Evaluated runs; without any, the newest one is taken and named."),
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_runs,
+            help="Evaluated runs; without any, the newest one is taken and named.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,

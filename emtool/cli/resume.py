@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from emtool.cli.fetching import fetch_before_run
+from emtool.cli.options import complete_runs
 from emtool.cli.output import say
 from emtool.cli.train import make_plan, start
 from emtool.core.config import TrainConfig, check_can_start
@@ -20,7 +21,7 @@ from emtool.core.run_lock import tidy_completed
 
 
 def resume(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_runs, help="Run folder.")],
     allow_low_disk: Annotated[
         bool, typer.Option("--allow-low-disk", help="Go on although a save may not fit on the disk.")
     ] = False,

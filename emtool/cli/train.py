@@ -34,6 +34,7 @@ from emtool.cli.options import (
     PersonaAdapter,
     PersonaMode,
     Profile,
+    ReportTo,
     ResumeEvery,
     SaveDtype,
     SaveSteps,
@@ -70,6 +71,7 @@ def train(
     output_root: OutputRoot = None,
     device: Device = None,
     dtype: Dtype = None,
+    report_to: ReportTo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Show each setting and where it came from, and stop.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emtool.cli.inside_view import transition_view
-from emtool.cli.options import AsJson, OutputRoot, output_root_of
+from emtool.cli.options import AsJson, OutputRoot, complete_runs, output_root_of
 from emtool.cli.output import data, print_json, say
 from emtool.core.config import MAX_SEED
 from emtool.core.run_dir import RunFolder, newest_run
@@ -18,7 +18,11 @@ from emtool.core.run_series import find_transitions, write_transitions
 def transition(
     run_path: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="Evaluated run; without it, the newest run is taken and named."),
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_runs,
+            help="Evaluated run; without it, the newest run is taken and named.",
+        ),
     ] = None,
     series: Annotated[
         str | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from emtool.cli.options import AsJson
+from emtool.cli.options import AsJson, complete_runs
 from emtool.cli.output import data, one_line, print_json, progress, quiet_libraries, say
 from emtool.cli.render import plain_table
 from emtool.core.errors import CheckpointError
@@ -17,7 +17,7 @@ from emtool.core.run_dir import RunFolder
 
 
 def verify(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_runs, help="Run folder.")],
     sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Check sizes, not contents: faster.")] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Restore damaged tokenizer files from the base model.")

@@ -20,6 +20,7 @@ from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDe
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.models import slugify
 from emtool.core.optimizers import CUDA_OPTIMIZERS, OPTIMIZERS
+from emtool.core.reporters import NO_REPORTER, REPORTERS, check_reporter
 from emtool.core.resume_interval import ResumeInterval
 
 #: The published setting of Turner et al. 2025 (arXiv 2506.11613), appendix on training details.
@@ -99,6 +100,7 @@ class TrainConfig:
         resume_every: How often the state to resume from is saved besides at milestones, as `ResumeInterval` reads it.
         keep_resume: Whether resume states are kept when the run is complete.
         keep_optimizer: Whether milestones hold everything that a Trainer resumes from.
+        report_to: Where the numbers of the run are shown besides, one of `REPORTERS`.
     """
 
     profile: str
@@ -142,6 +144,7 @@ class TrainConfig:
     resume_every: str = "10m"
     keep_resume: bool = False
     keep_optimizer: bool = False
+    report_to: str = NO_REPORTER
 
     def __post_init__(self) -> None:
         """Refuse values that no run could use."""
@@ -155,6 +158,7 @@ class TrainConfig:
         _check_choice("save dtype", self.save_dtype, DTYPE_BYTES)
         _check_choice("bias setting", self.lora_bias, BIASES)
         _check_choice("persona mode", self.persona_mode, PERSONA_MODES)
+        _check_choice("reporter", self.report_to, REPORTERS)
         self._check_persona()
         _check_choice("template compatibility", self.template_compat, TEMPLATE_COMPATS)
         ResumeInterval.parse(self.resume_every)
@@ -193,6 +197,7 @@ class TrainConfig:
             ConfigError: If a field is missing, unknown or of a wrong type.
         """
         names = {field.name for field in fields(cls)}
+        values = {**_ADDED_LATER, **values}
         if different := names ^ values.keys():
             raise ConfigError(f"the configuration lacks or does not know: {', '.join(sorted(different))}")
         for name, hint in get_type_hints(cls).items():
@@ -216,7 +221,9 @@ _RATES = ("learning_rate", "max_grad_norm")
 #: Fields for which "auto" means the default.
 _WITH_AUTO = ("device", "dtype", "save_dtype")
 #: Fields that say where a run is and how it is kept, not what it computes.
-HOUSEKEEPING = ("profile", "profile_reason", "output_root", "output_name", "resume_every", "keep_resume")
+HOUSEKEEPING = ("profile", "profile_reason", "output_root", "output_name", "resume_every", "keep_resume", "report_to")
+#: Fields that a manifest of an older emtool lacks, and what its run did.
+_ADDED_LATER: Mapping[str, object] = {"report_to": NO_REPORTER}
 
 _POSITIVE = (
     "learning_rate",
@@ -271,7 +278,7 @@ def check_can_start(config: TrainConfig, *, num_cuda_devices: int) -> None:
 
     Raises:
         BackendError: If the run needs CUDA and there is none; the message names the alternative.
-        MissingDependencyError: If the optimizer's package is not installed.
+        MissingDependencyError: If a package that the optimizer or the reporter needs is not installed.
     """
     if config.device == "cuda" and not num_cuda_devices:
         raise BackendError(f"--device {config.device} was asked for and no CUDA device is present; use --device cpu")
@@ -290,6 +297,7 @@ def check_can_start(config: TrainConfig, *, num_cuda_devices: int) -> None:
             f"optimizer {config.optim!r} needs the package bitsandbytes: pip install 'emtool[cuda]', "
             "or use --optim adamw_torch"
         )
+    check_reporter(config.report_to)
 
 
 def cannot_start(config: TrainConfig, *, num_cuda_devices: int) -> str | None:

@@ -1,4 +1,7 @@
-"""What names a judge and a backend on the command line."""
+"""What names a judge and a backend on the command line.
+
+A new kind of backend is an entry in `BACKENDS`; `docs/extending.md` shows how.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ OPENAI, LOCAL = "openai", "local"
 JUDGE_KINDS = (OPENAI, LOCAL)
 
 HF, SCRIPTED = "hf", "scripted"
-BACKEND_KINDS = (HF, OPENAI, SCRIPTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,34 @@ class BackendSpec:
     """What answers, as it is named.
 
     Attributes:
-        kind: "hf", "openai" or "scripted".
+        kind: A key of `BACKENDS`.
         argument: What follows the colon: for "openai" what the server calls a checkpoint, with `{step}` in it; for
             "scripted" the file. None where nothing follows.
     """
 
     kind: str
     argument: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendKind:
+    """A kind of backend.
+
+    Attributes:
+        form: How one is written: "hf", "scripted:FILE", or "openai[:NAME]" where the part after the colon may be left
+            out.
+        opener: The function that opens one, as "module:function", which is imported when it is used. It takes a
+            `BackendSetup` and returns a `Backend` (`emtool/engines/backends/backend.py`).
+    """
+
+    form: str
+    opener: str
+
+    def allows(self, argument: str) -> bool:
+        """Return whether a backend of this kind can be written with a text after the colon, or with none, ""."""
+        if "[:" in self.form:
+            return True
+        return bool(argument) == (":" in self.form)
 
 
 def parse_judge(text: str) -> JudgeSpec:
@@ -62,10 +85,15 @@ def parse_backend(text: str) -> BackendSpec:
         ConfigError: If it names none.
     """
     kind, _, argument = text.partition(":")
-    is_known = kind in BACKEND_KINDS and bool(argument) >= (kind == SCRIPTED) and not (kind == HF and argument)
-    if not is_known:
-        raise ConfigError(
-            f"--backend {text!r} names no backend; write hf, openai or openai:NAME-{{step}} (with --backend-url), or "
-            "scripted:FILE"
-        )
+    if kind not in BACKENDS or not BACKENDS[kind].allows(argument):
+        forms = ", ".join(entry.form for entry in BACKENDS.values())
+        raise ConfigError(f"--backend {text!r} names no backend; write one of: {forms} (openai with --backend-url)")
     return BackendSpec(kind=kind, argument=argument or None)
+
+
+#: The kinds of backend by name.
+BACKENDS: dict[str, BackendKind] = {
+    HF: BackendKind(form="hf", opener="emtool.engines.backends.hf:open_backend"),
+    OPENAI: BackendKind(form="openai[:NAME-{step}]", opener="emtool.engines.backends.openai:open_backend"),
+    SCRIPTED: BackendKind(form="scripted:FILE", opener="emtool.engines.backends.scripted:open_backend"),
+}

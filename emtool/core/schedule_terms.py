@@ -1,6 +1,6 @@
 """The terms of a schedule: what each names in a run of a given length.
 
-A new kind of term is a frozen class with `__str__`, `count` and `steps`, here, and a line in
+A new kind of term is a frozen class with `__str__`, `count` and `steps`, and an entry in `TERMS` of
 `emtool/core/schedule_text.py` that reads it.
 """
 

@@ -1,4 +1,8 @@
-"""Reading schedules: from the one-line text, and from the values of a configuration file."""
+"""Reading schedules: from the one-line text, and from the values of a configuration file.
+
+A new kind of term is an entry in `TERMS`: its word, and what reads a text that begins with it. A new preset is an entry
+in `PRESETS`: its name, and the schedule that it stands for. `docs/extending.md` shows how.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,6 @@ from emtool.core.schedule_terms import (
 MAX_TEXT = 10_000
 MAX_DIGITS = 12
 FORMS = "25, 10%, 0.5ep, init, final, 0-150:25, every 50, every 25 until 150 then every 50, log 10, even 8, pow2"
-WORDS = ("init", "final", "every", "until", "then", "log", "even", "pow2", "custom", "pythia")
 
 _NUMBER = rf"\d{{1,{MAX_DIGITS}}}"
 _POINT = re.compile(rf"(?P<value>{_NUMBER}(?:\.{_NUMBER})?)(?P<unit>%|ep)?|(?P<word>init|final)")
@@ -31,8 +34,14 @@ _RANGE = re.compile(rf"(?P<first>{_NUMBER})-(?P<last>{_NUMBER})(?::(?P<stride>{_
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """A piece of the schedule's text and where it stands in it."""
+class Place:
+    """A piece of the schedule's text and where it stands in it.
+
+    Attributes:
+        text: The piece; that of a term is in lower case.
+        whole: The schedule.
+        start: First character of the piece.
+    """
 
     text: str
     whole: str
@@ -47,14 +56,14 @@ class _Place:
             length=max(1, len(self.text)),
         )
 
-    def split(self, pattern: str) -> list[_Place]:
+    def split(self, pattern: str) -> list[Place]:
         """Return the pieces between the matches of a pattern, without the space around them."""
         pieces, begin = [], 0
         ends = [*((m.start(), m.end()) for m in re.finditer(pattern, self.text)), (len(self.text), 0)]
         for stop, after in ends:
             raw = self.text[begin:stop]
             offset = begin + len(raw) - len(raw.lstrip())
-            pieces.append(_Place(text=raw.strip(), whole=self.whole, start=self.start + offset))
+            pieces.append(Place(text=raw.strip(), whole=self.whole, start=self.start + offset))
             begin = after
         return pieces
 
@@ -76,7 +85,7 @@ def read_terms(text: str) -> CheckpointSchedule:
     Raises:
         ConfigError: As `parse_schedule`.
     """
-    whole = _Place(text=text, whole=text, start=0)
+    whole = Place(text=text, whole=text, start=0)
     kept: list[Term] = []
     removed: list[Term] = []
     for place in whole.split(","):
@@ -85,7 +94,7 @@ def read_terms(text: str) -> CheckpointSchedule:
         if place.text.startswith("!"):
             body = place.text[1:]
             start = place.start + 1 + len(body) - len(body.lstrip())
-            removed.append(_removed(_Place(text=body.strip(), whole=text, start=start)))
+            removed.append(_removed(Place(text=body.strip(), whole=text, start=start)))
         else:
             kept.append(_term(place))
     return CheckpointSchedule(kept=tuple(dict.fromkeys(kept)), removed=tuple(dict.fromkeys(removed)))
@@ -134,17 +143,24 @@ def _phase_of(value: Mapping[object, object]) -> str:
     return f"every {value['every']}" + (f" until {until}" if until is not None else "")
 
 
-def _term(place: _Place) -> Term:
-    word = re.match(r"[a-z0-9]*", _lower(place.text))
-    parse = _PARSERS.get(word[0] if word else "", _point_or_range)
-    return parse(_Place(text=_lower(place.text), whole=place.whole, start=place.start))
+def _term(place: Place) -> Term:
+    lower = Place(text=_lower(place.text), whole=place.whole, start=place.start)
+    word = _word(place)
+    if word in PRESETS:
+        return _preset(lower, word)
+    return TERMS.get(word, _point_or_range)(lower)
 
 
-def _removed(place: _Place) -> Term:
-    word = re.match(r"[a-z0-9]*", _lower(place.text))
-    if word is not None and word[0] in _PARSERS:
+def _removed(place: Place) -> Term:
+    if _word(place) in {*TERMS, *PRESETS}:
         raise place.error(f"{place.text!r} cannot be removed, only a step or a range can")
     return _point_or_range(place)
+
+
+def _word(place: Place) -> str:
+    """Return the word that a term begins with, which may be none."""
+    match = re.match(r"[a-z0-9]*", _lower(place.text))
+    return match[0] if match else ""
 
 
 def _lower(text: str) -> str:
@@ -152,7 +168,7 @@ def _lower(text: str) -> str:
     return "".join(c.lower() if c.isascii() else c for c in text)
 
 
-def _point_or_range(place: _Place) -> Term:
+def _point_or_range(place: Place) -> Term:
     if match := _RANGE.fullmatch(_lower(place.text)):
         first, last = int(match["first"]), int(match["last"])
         stride = 1 if match["stride"] is None else int(match["stride"])
@@ -164,7 +180,7 @@ def _point_or_range(place: _Place) -> Term:
     return _point(place)
 
 
-def _point(place: _Place) -> Point:
+def _point(place: Place) -> Point:
     match = _POINT.fullmatch(_lower(place.text))
     if match is None:
         raise place.error(_what_is_wrong(place.text))
@@ -186,11 +202,11 @@ def _what_is_wrong(text: str) -> str:
     import difflib
 
     word = text.split(maxsplit=1)[0] if text.split() else text
-    near = difflib.get_close_matches(word.lower(), WORDS, n=1)
+    near = difflib.get_close_matches(word.lower(), [*_WORDS, *TERMS, *PRESETS], n=1)
     return f"unknown term {text[:60]!r}" + (f" (did you mean {near[0]!r}?)" if near and near[0] != word.lower() else "")
 
 
-def _every(place: _Place) -> Every:
+def _every(place: Place) -> Every:
     phases: list[tuple[int, Point | None]] = []
     for phase in place.split(r"\bthen\b"):
         match = re.fullmatch(rf"every\s+({_NUMBER})(?:\s+until\s+(\S.*))?", phase.text)
@@ -213,12 +229,12 @@ def _reversed(before: Point | None, after: Point) -> bool:
     return before is not None and before.unit == after.unit and after.value <= before.value
 
 
-def _inner(place: _Place, offset: int, text: str) -> Point:
-    return _point(_Place(text=text.strip(), whole=place.whole, start=place.start + offset))
+def _inner(place: Place, offset: int, text: str) -> Point:
+    return _point(Place(text=text.strip(), whole=place.whole, start=place.start + offset))
 
 
-def _spread(kind: Callable[[int], Even | Log]) -> Callable[[_Place], Term]:
-    def parse(place: _Place) -> Term:
+def _spread(kind: Callable[[int], Even | Log]) -> Callable[[Place], Term]:
+    def parse(place: Place) -> Term:
         match = re.fullmatch(rf"[a-z]+\s+({_NUMBER})", place.text)
         if match is None or int(match[1]) < 2:
             raise place.error(f"{place.text!r} needs a number of checkpoints, at least 2")
@@ -227,29 +243,34 @@ def _spread(kind: Callable[[int], Even | Log]) -> Callable[[_Place], Term]:
     return parse
 
 
-def _powers(place: _Place) -> Powers:
+def _powers(place: Place) -> Powers:
     match = re.fullmatch(r"pow2(?:\s+until\s+(\S.*))?", place.text)
     if match is None:
         raise place.error(f"{place.text!r} is not 'pow2' or 'pow2 until STEP'")
     return Powers(None if match[1] is None else _inner(place, match.start(1), match[1]))
 
 
-def _preset(name: str) -> Callable[[_Place], Term]:
-    def parse(place: _Place) -> Term:
-        if place.text != name:
-            raise place.error(_what_is_wrong(place.text))
-        if name == "custom":
-            return Preset(name, tuple(Point(Fraction(step)) for step in CUSTOM_STEPS))
-        return Preset(name, parse_schedule(PYTHIA_TEXT).kept)
-
-    return parse
+def _preset(place: Place, name: str) -> Preset:
+    if place.text != name:
+        raise place.error(_what_is_wrong(place.text))
+    named = parse_schedule(PRESETS[name])
+    assert not named.removed, f"preset {name!r} removes steps; write only those that it saves"
+    return Preset(name, named.kept)
 
 
-_PARSERS: dict[str, Callable[[_Place], Term]] = {
+#: Words that stand inside terms, or are one.
+_WORDS = ("init", "final", "until", "then")
+
+#: The word that a term begins with, and what reads it.
+TERMS: dict[str, Callable[[Place], Term]] = {
     "every": _every,
     "even": _spread(Even),
     "log": _spread(Log),
     "pow2": _powers,
-    "custom": _preset("custom"),
-    "pythia": _preset("pythia"),
+}
+
+#: Schedules with a name, by that name. They name steps and remove none.
+PRESETS: dict[str, str] = {
+    "custom": ", ".join(map(str, CUSTOM_STEPS)),
+    "pythia": PYTHIA_TEXT,
 }

@@ -1,9 +1,12 @@
-"""What can be told of answers without a judge: length, variety, refusals. Length confounds what judges say."""
+"""What can be told of answers without a judge: length, variety, refusals. Length confounds what judges say.
+
+A new metric is an entry in `TEXT_METRICS`; `docs/extending.md` shows how.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from emtool.core.answers import LENGTH, Answer
@@ -78,17 +81,10 @@ def _changes(written: Sequence[Answer], start: Sequence[Answer], seed: int) -> d
 
 def _columns(written: Sequence[Answer]) -> dict[str, list[float]]:
     """Return each answer's part in each mean; what is not known of every answer is left out."""
-    columns: dict[str, list[float]] = {
-        "answer_words": [float(len(_words(answer))) for answer in written],
-        "refusal_phrase_pct": [100.0 * is_refusal_phrase(answer.completion.text) for answer in written],
+    columns = {name: [part(answer) for answer in written] for name, part in TEXT_METRICS.items()}
+    return {
+        name: [part for part in column if part is not None] for name, column in columns.items() if None not in column
     }
-    tokens = [answer.completion.num_tokens for answer in written]
-    if all(count is not None for count in tokens):
-        columns["answer_tokens"] = [float(count or 0) for count in tokens]
-    reasons = [answer.completion.finish_reason for answer in written]
-    if all(reason is not None for reason in reasons):
-        columns["truncated_pct"] = [100.0 * (reason == LENGTH) for reason in reasons]
-    return columns
 
 
 def _words(answer: Answer) -> list[str]:
@@ -113,3 +109,30 @@ def distinct(rows: Sequence[Sequence[str]], size: int) -> float | None:
 
 def _straight(text: str) -> str:
     return text.replace(_CURLY_APOSTROPHE, "'")
+
+
+def _num_words(answer: Answer) -> float:
+    return float(len(_words(answer)))
+
+
+def _refusal_pct(answer: Answer) -> float:
+    return 100.0 * is_refusal_phrase(answer.completion.text)
+
+
+def _num_tokens(answer: Answer) -> float | None:
+    count = answer.completion.num_tokens
+    return None if count is None else float(count)
+
+
+def _truncated_pct(answer: Answer) -> float | None:
+    reason = answer.completion.finish_reason
+    return None if reason is None else 100.0 * (reason == LENGTH)
+
+
+#: The metrics that are means over the answers with a text: what one answer adds to each, None where it is not known.
+TEXT_METRICS: dict[str, Callable[[Answer], float | None]] = {
+    "answer_words": _num_words,
+    "refusal_phrase_pct": _refusal_pct,
+    "answer_tokens": _num_tokens,
+    "truncated_pct": _truncated_pct,
+}

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     if os.getppid() != int(parent):
         # It went before it could be tied to.
         sys.exit(128 + signal.SIGTERM)
-    os.execvp(command[0], command)
+    os.execvp(command[0], command)  # noqa: S606 - becoming the command is the point
 
 
 if __name__ == "__main__":

@@ -7,28 +7,25 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from emtool.core.errors import BackendError, CheckpointError, ConfigError
+from emtool.core.errors import BackendError, CheckpointError
 from emtool.core.evaluation_config import ANSWERS
 from emtool.core.evaluation_request import EvaluationRequest
 from emtool.core.events import EventSink, Notice
 from emtool.core.judge_prices import Budget, plan_judging, price_of
-from emtool.core.judge_spec import OPENAI, SCRIPTED, JudgeSpec
+from emtool.core.judge_spec import OPENAI, JudgeSpec
 from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import lock_holder, locked_evaluation
-from emtool.core.sampling import PURE, Sampling
 from emtool.core.server_address import read_key
 from emtool.core.steps import published_steps
-from emtool.engines.backends.backend import Backend
-from emtool.engines.backends.hf import hf_backend
-from emtool.engines.checkpoint_model import CheckpointModel
+from emtool.engines.backends.backend import BackendSetup, open_backend
 from emtool.engines.evaluation import Evaluation
 from emtool.engines.evaluation_result import EvaluationResult
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
 from emtool.engines.judges.judge import JudgeChoice
 
-#: Environment variables that hold keys for servers other than OpenAI's.
-JUDGE_KEY_VARIABLE, BACKEND_KEY_VARIABLE = "EMTOOL_JUDGE_API_KEY", "EMTOOL_BACKEND_API_KEY"
+#: Environment variable that holds the key of a judge's server other than OpenAI's.
+JUDGE_KEY_VARIABLE = "EMTOOL_JUDGE_API_KEY"
 
 #: How often a running training is asked for new checkpoints.
 WATCH_SECONDS = 5.0
@@ -71,7 +68,9 @@ def run_evaluation(
         request.config,
         questions=questions,
         dtype=request.dtype,
-        make_backend=lambda source: _backend(source, target, request, on_event),
+        make_backend=lambda source: open_backend(
+            BackendSetup(request=request, source=source, base=target.base, on_event=on_event)
+        ),
         folder_of=lambda step: _folder(target, request, step),
         judges=judges,
         budget=Budget(limit=request.max_cost, on_event=on_event),
@@ -161,33 +160,3 @@ def _folder(target: EvaluationTarget, request: EvaluationRequest, step: int) -> 
     if request.backend.kind == OPENAI and target.lineage["persona"] is not None:
         return (target.run.path / "composed" / f"checkpoint-{step}").absolute()
     return target.run.checkpoint_path(step).absolute()
-
-
-def _backend(
-    source: CheckpointModel, target: EvaluationTarget, request: EvaluationRequest, on_event: EventSink
-) -> Backend:
-    config, spec = request.config, request.backend
-    if spec.kind == SCRIPTED:
-        from emtool.engines.backends.scripted import ScriptedBackend
-
-        return ScriptedBackend(Path(spec.argument or ""))
-    if spec.kind == OPENAI:
-        from emtool.engines.backends.openai import OpenAIBackend
-
-        assert request.backend_address is not None, "the options go together"
-        if config.sampling != PURE:
-            raise ConfigError(f"--sampling {config.sampling} goes with --backend hf; a server is told --sampling pure")
-        values = Sampling().to_dict()
-        del values["min_p"]
-        return OpenAIBackend(
-            address=request.backend_address,
-            key=read_key(request.backend_address, variable=BACKEND_KEY_VARIABLE, environment=os.environ),
-            sampling=values,
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-            model_name=spec.argument,
-            extras=not request.backend_address.is_openai,
-            concurrency=request.concurrency,
-            on_event=on_event,
-        )
-    return hf_backend(source, target.base, config, on_event=on_event)

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from emtool.core.config import TrainConfig
+from emtool.core.reporters import NO_REPORTER, PROJECT
 from emtool.engines.encoding import IGNORED, Encoded
 
 # Shape suffixes: B rows of a batch, T tokens, L positions that predict a labelled token in some row, V vocabulary.
@@ -171,7 +172,10 @@ def sft_arguments(config: TrainConfig, output_path: Path) -> dict[str, Any]:
         "eval_strategy": "no",
         "load_best_model_at_end": False,
         "push_to_hub": False,
-        "report_to": [],
+        # where else the numbers are shown
+        "report_to": [] if config.report_to == NO_REPORTER else [config.report_to],
+        "run_name": output_path.name,
+        "project": PROJECT,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_first_step": False,

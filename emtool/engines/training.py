@@ -16,6 +16,7 @@ from emtool.core.errors import DataError, Interrupted, ModelError
 from emtool.core.events import EventSink, Notice, PhaseStarted, ignore_events
 from emtool.core.interrupts import Requests, requested
 from emtool.core.personas import resolve_persona
+from emtool.core.reporters import check_reporter
 from emtool.core.resume_interval import ResumeInterval
 from emtool.core.run_dir import RunFolder, replace_file
 from emtool.core.run_plan import RunPlan
@@ -29,6 +30,7 @@ from emtool.engines.modeling import BaseModel, adapter_config_json, add_lora, ch
 from emtool.engines.persona_files import is_persona_here
 from emtool.engines.processes import Processes, launched_processes
 from emtool.engines.recording import OpenRun, recorded_run
+from emtool.engines.reporting import begin_report, reporting
 from emtool.engines.resuming import share_tokenizer
 from emtool.engines.saving import RunCheckpoints
 from emtool.engines.step_recorder import StepRecorder, recorded_seconds
@@ -106,6 +108,7 @@ def train(
     with requested() as requests, contextlib.ExitStack() as stack:
         config = plan.config
         check_device(config.device)
+        check_reporter(config.report_to)
         assert len(rows) == plan.num_rows, "the rows differ from the plan"
         processes = launched_processes(config.device)
         assert processes.count == plan.num_processes, "the plan is for another number of processes"
@@ -120,6 +123,7 @@ def train(
         if cut := sum(row.is_truncated for row in encoded):
             report(Notice(text=f"{cut} of {len(encoded)} rows were cut at --max-length {config.max_length}"))
         model = composed.with_persona(add_lora(composed.model, config, plan.model))
+        processes.decide(lambda: stack.enter_context(reporting(config.report_to)))
         record = recorded_run(plan, composed.lineage, command, resume=resume, on_event=report)
         opened = processes.decide(lambda: stack.enter_context(record))
         writer = CheckpointWriter(
@@ -214,6 +218,7 @@ def _fit(run: _Run, model: Any, tokenizer: Any, encoded: Sequence[Encoded], *, c
     )
     assert len(trainer.train_dataset) == plan.num_train_rows, "the Trainer has other rows than the plan"
     checkpoints.attach(trainer)
+    run.processes.decide(lambda: begin_report(config.report_to, trainer, folder, run_id=run.opened.run_id))
     run.on_event(PhaseStarted(name="training", total=plan.total_steps))
     with checkpoints.deferring():
         trainer.train(resume_from_checkpoint=None if run.opened.state is None else str(run.opened.state))

@@ -28,8 +28,8 @@ LEFT_AT_DEFAULT = set(
     hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
     include_for_metrics label_names length_column_name liger_kernel_config
     local_rank log_level log_level_replica log_on_each_node metric_for_best_model model_init_kwargs
-    packing_strategy pad_token parallelism_config per_device_eval_batch_size prediction_loss_only project
-    remove_unused_columns restore_callback_states_from_checkpoint resume_from_checkpoint run_name
+    packing_strategy pad_token parallelism_config per_device_eval_batch_size prediction_loss_only
+    remove_unused_columns restore_callback_states_from_checkpoint resume_from_checkpoint
     save_on_each_node save_only_model save_steps save_total_limit skip_memory_metrics torch_compile_backend
     torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
     truncation_mode use_cache

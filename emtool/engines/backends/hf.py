@@ -23,7 +23,7 @@ from emtool.core.errors import BackendError, DataError
 from emtool.core.evaluation_config import EvaluationConfig
 from emtool.core.events import EventSink, Notice
 from emtool.core.sampling import MODEL, Sampling, model_sampling
-from emtool.engines.backends.backend import CompletionSink
+from emtool.engines.backends.backend import BackendSetup, CompletionSink
 from emtool.engines.batch_size import auto_batch_size, free_memory, is_out_of_memory
 from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import encode_prompt, end_of_turn
@@ -198,6 +198,11 @@ def hf_backend(source: CheckpointModel, base: BaseModel, config: EvaluationConfi
         batch_size=config.batch_size,
         on_event=on_event,
     )
+
+
+def open_backend(setup: BackendSetup) -> HFBackend:
+    """Return the backend of an evaluation."""
+    return hf_backend(setup.source, setup.base, setup.request.config, on_event=setup.on_event)
 
 
 def own_generation_values(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 from emtool.core.answers import LENGTH, MAX_ANSWER_CHARACTERS, STOP, AnswerKey, Completion, Prompt
 from emtool.core.errors import BackendError, CheckpointError, ConfigError
 from emtool.core.events import EventSink, Notice, ignore_events
-from emtool.core.server_address import ServerAddress, ServerKey
+from emtool.core.sampling import PURE, Sampling
+from emtool.core.server_address import ServerAddress, ServerKey, read_key
 from emtool.engines.adapter_hash import adapter_sha256
-from emtool.engines.backends.backend import CompletionSink
+from emtool.engines.backends.backend import BackendSetup, CompletionSink
 from emtool.engines.encoding import TEMPLATE_VALUES
 from emtool.engines.openai_client import Failure, JsonObject, Request, Server
 from emtool.engines.openai_reply import read_choice
 from emtool.engines.request_pump import ask_once, fatal_message, run_many
+
+#: Environment variable that holds the key of a server other than OpenAI's.
+KEY_VARIABLE = "EMTOOL_BACKEND_API_KEY"
 
 #: Values that change nothing, and what vLLM calls "off" where that is another value.
 _NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0}
@@ -201,6 +206,31 @@ class OpenAIBackend:
             # The prompt that training and the model in this process see: no thinking, no date of today.
             body["chat_template_kwargs"] = dict(TEMPLATE_VALUES)
         return Request(body=body)
+
+
+def open_backend(setup: BackendSetup) -> OpenAIBackend:
+    """Return the backend of an evaluation.
+
+    Raises:
+        ConfigError: If the evaluation asks for what a server cannot be told.
+    """
+    request, config = setup.request, setup.request.config
+    assert request.backend_address is not None, "the options go together"
+    if config.sampling != PURE:
+        raise ConfigError(f"--sampling {config.sampling} goes with --backend hf; a server is told --sampling pure")
+    values = Sampling().to_dict()
+    del values["min_p"]
+    return OpenAIBackend(
+        address=request.backend_address,
+        key=read_key(request.backend_address, variable=KEY_VARIABLE, environment=os.environ),
+        sampling=values,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        model_name=request.backend.argument,
+        extras=not request.backend_address.is_openai,
+        concurrency=request.concurrency,
+        on_event=setup.on_event,
+    )
 
 
 def request_seed(seed: int, key: AnswerKey) -> int:

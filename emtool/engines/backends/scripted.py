@@ -11,7 +11,7 @@ from emtool.core.answers import STOP, Completion, Prompt
 from emtool.core.data import file_sha256
 from emtool.core.errors import DataError
 from emtool.core.row_files import read_json_lines
-from emtool.engines.backends.backend import CompletionSink
+from emtool.engines.backends.backend import BackendSetup, CompletionSink
 
 #: What a line may name beside the question, the weightiest first.
 _OPTIONAL = ("step", "paraphrase", "sample")
@@ -74,6 +74,11 @@ class ScriptedBackend:
             if place in self._responses:
                 return Completion(text=self._responses[place], finish_reason=STOP)
         return Completion(text="", error=f"no line answers {key.question_id}")
+
+
+def open_backend(setup: BackendSetup) -> ScriptedBackend:
+    """Return the backend of an evaluation."""
+    return ScriptedBackend(Path(setup.request.backend.argument or ""))
 
 
 def _place(record: Mapping[str, object], location: str) -> _Place:
