@@ -19,7 +19,7 @@ from emtool.cli.workers import Address, Workers, make_pool, threads_of
 from emtool.core.config import check_can_start
 from emtool.core.csv_text import csv_text
 from emtool.core.disk import format_bytes
-from emtool.core.errors import CheckpointError, ConfigError, DiskSpaceError
+from emtool.core.errors import CheckpointError, ConfigError, DiskSpaceError, EmtoolError, PointedError
 from emtool.core.evaluation_request import read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.hardware import cuda_device_count
@@ -27,9 +27,9 @@ from emtool.core.jobs import JobOutcome
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
-from emtool.core.settings import file_layers
+from emtool.core.settings import Settings, file_layers
 from emtool.core.sweep import Cell, Sweep, read_sweep
-from emtool.core.sweep_folder import CellState, SweepFolder, metric_rows
+from emtool.core.sweep_folder import CellState, Status, SweepFolder, metric_rows
 
 
 def sweep(
@@ -104,7 +104,7 @@ def _is_due(state: CellState, *, retry_failed: bool) -> bool:
 
 def _train_cell(asked: Sweep, cell: Cell, folder: SweepFolder, *, check_disk: bool) -> None:
     num_cuda_devices = cuda_device_count()
-    settings = asked.settings(cell, folder.path, layers=file_layers(), num_cuda_devices=num_cuda_devices)
+    settings = _settings(asked, cell, folder, num_cuda_devices)
     check_can_start(settings.config, num_cuda_devices=num_cuda_devices)
     plan, rows = make_plan(settings.config, fetch=fetch_before_run(settings.config, num_cuda_devices=num_cuda_devices))
     start(plan, rows, device=settings.device_option, resume=True, check_disk=check_disk)
@@ -116,18 +116,25 @@ def _plans(asked: Sweep, folder: SweepFolder, *, fetches: bool, is_elsewhere: bo
     Raises:
         EmtoolError: Names the cell.
     """
-    num_cuda_devices, layers, plans = cuda_device_count(), file_layers(), []
+    num_cuda_devices, plans = cuda_device_count(), []
     for cell in asked.cells:
-        settings = asked.settings(cell, folder.path, layers=layers, num_cuda_devices=num_cuda_devices)
-        if is_elsewhere and settings.config.profile_reason.startswith("auto"):
-            raise ConfigError(
-                f"{asked.path}: name the profile in [train]; auto would be another one on a machine with other devices"
-            )
-        if fetches and not is_elsewhere:
-            check_can_start(settings.config, num_cuda_devices=num_cuda_devices)
-        fetch = fetch_before_run(settings.config, num_cuda_devices=num_cuda_devices) if fetches else None
-        plans.append(make_plan(settings.config, fetch=fetch)[0])
+        try:
+            config = _settings(asked, cell, folder, num_cuda_devices).config
+            if is_elsewhere and config.profile_reason.startswith("auto"):
+                raise ConfigError("name the profile in [train]: auto is another one where there are other devices")
+            if fetches and not is_elsewhere:
+                check_can_start(config, num_cuda_devices=num_cuda_devices)
+            fetch = fetch_before_run(config, num_cuda_devices=num_cuda_devices) if fetches else None
+            plans.append(make_plan(config, fetch=fetch)[0])
+        except PointedError:
+            raise
+        except EmtoolError as error:
+            raise type(error)(f"cell {cell.name}: {error}") from error
     return plans
+
+
+def _settings(asked: Sweep, cell: Cell, folder: SweepFolder, num_cuda_devices: int) -> Settings:
+    return asked.settings(cell, folder.path, layers=file_layers(), num_cuda_devices=num_cuda_devices)
 
 
 def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
@@ -174,7 +181,7 @@ class _Outcomes:
         on_event(PhaseStarted(name=f"cells: {count} to train" + _also(asked), total=count))
 
     def __call__(self, outcome: JobOutcome) -> None:
-        status = "completed" if outcome.problem is None else "failed"
+        status: Status = "completed" if outcome.problem is None else "failed"
         states = [
             replace(state, status=status, problem=outcome.problem) if state.cell.name == outcome.name else state
             for state in self._folder.states(self._asked)

@@ -116,7 +116,7 @@ class Sweep:
             num_cuda_devices: CUDA devices on this machine.
 
         Raises:
-            ConfigError: If a value is not allowed; names the cell.
+            ConfigError: If a value is not allowed.
         """
         place = Layer(origin="sweep", values={"output_root": folder, "output_name": cell.name})
         own = [
@@ -124,10 +124,9 @@ class Sweep:
             Layer(origin=str(self.path), values=self.train),
         ]
         outer = [replace(layer, values=_without(layer.values, _OWN)) for layer in layers]
-        try:
-            return resolve_settings([_as_one([place, *own]), *outer], num_cuda_devices=num_cuda_devices)
-        except ConfigError as error:
-            raise ConfigError(f"{self.path}, cell {cell.name}: {error}") from error
+        return resolve_settings(
+            [_as_one([place, *own], origin=str(self.path)), *outer], num_cuda_devices=num_cuda_devices
+        )
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -166,12 +165,12 @@ def _meaning(key: str) -> str:
     return "checkpoints" if key in SCHEDULE_KEYS else key
 
 
-def _as_one(layers: Sequence[Layer]) -> Layer:
-    """Return layers as one, as if a command line had given it: its parts are right only together."""
+def _as_one(layers: Sequence[Layer], *, origin: str) -> Layer:
+    """Return layers as one, the first the nearest: its parts are right only together."""
     values: dict[str, object] = {}
     for layer in layers:
         values = {**layer.values, **values}
-    return Layer(origin="sweep", values=values)
+    return Layer(origin=origin, values=values)
 
 
 def _without(values: Mapping[str, object], names: Sequence[str]) -> dict[str, object]:
@@ -217,13 +216,21 @@ def _job(values: Mapping[str, object], path: Path) -> JobOptions:
         value = values.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10_000:
             raise ConfigError(f"{path}: [job] {key} = {value!r} is not a number from 0 to 10,000")
-    launcher = values.get("launcher", ())
-    parts = shlex.split(launcher) if isinstance(launcher, str) else launcher
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise ConfigError(f"{path}: [job] launcher = {launcher!r} is not a command")
     num_gpus = values.get("num_gpus")
     return JobOptions(
         num_cpus=float(values.get("num_cpus", 1)),  # type: ignore[arg-type]
         num_gpus=None if num_gpus is None else float(num_gpus),  # type: ignore[arg-type]
-        launcher=tuple(parts),
+        launcher=_launcher(values.get("launcher", []), path),
     )
+
+
+def _launcher(value: object, path: Path) -> tuple[str, ...]:
+    parts: object = value
+    if isinstance(value, str):
+        try:
+            parts = shlex.split(value)
+        except ValueError as error:
+            raise ConfigError(f"{path}: [job] launcher = {value!r} is not a command: {error}") from error
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ConfigError(f"{path}: [job] launcher = {value!r} is not a command")
+    return tuple(parts)

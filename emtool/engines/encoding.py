@@ -158,24 +158,6 @@ def encode_row(row: Conversation, tokenizer: Any, max_length: int, *, template_c
     )
 
 
-def encode_dataset(
-    rows: Sequence[Conversation], *, tokenizer: Any, max_length: int, template_compat: str = CLEAN
-) -> list[Encoded]:
-    """Return the rows encoded, in their order.
-
-    Raises:
-        DataError: If a row has no labelled token within `max_length`; names the file and the line.
-    """
-    encoded = [encode_row(row, tokenizer, max_length, template_compat=template_compat) for row in rows]
-    for row, result in zip(rows, encoded, strict=True):
-        if not result.num_labelled:
-            raise DataError(
-                f"{row.location}: no trained token within --max-length {max_length}; raise it, or leave such rows "
-                "out with --drop-unusable"
-            )
-    return encoded
-
-
 def _encode_turn(turns: list[dict[str, str]], tokenizer: Any, special: Mapping[int, str], location: str) -> _Turn:
     """Return the last of some turns, the assistant's, as the template writes it."""
     prompt = _render(turns[:-1], tokenizer, location, add_generation_prompt=True)

@@ -19,7 +19,7 @@ from emtool.core.personas import PersonaRecipe
 from emtool.core.plan import num_optimizer_steps
 from emtool.core.run_dir import FORMAT, write_json
 from emtool.core.staging import remove_folder
-from emtool.engines.encoding import encode_dataset
+from emtool.engines.encoded_rows import encode_dataset
 from emtool.engines.fitting import build_trainer, scratch_folder
 from emtool.engines.modeling import BaseModel, add_lora, load_base
 from emtool.engines.step_recorder import StepRecorder

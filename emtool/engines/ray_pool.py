@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class RayPool:
             remote = ray.remote(
                 num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.max_retries, max_calls=1
             )(run_job)
-            waiting, running = list(jobs), {}
+            waiting = list(jobs)
+            running: dict[Any, Job] = {}
             try:
                 while waiting or running:
                     while waiting and len(running) < self.workers:
@@ -81,7 +83,12 @@ class RayPool:
             "include_dashboard": False,
         }
         try:
-            ray.init(address=self.address or "local", log_to_driver=False, **({} if self.address else own))
+            ray.init(
+                address=self.address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if self.address else own),
+            )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             where = f"no Ray cluster at {self.address}" if self.address else "Ray does not start on this machine"
             raise BackendError(f"{where}: {str(error).splitlines()[0]}") from error

@@ -22,7 +22,8 @@ from emtool.core.run_dir import RunFolder, replace_file
 from emtool.core.run_plan import RunPlan
 from emtool.core.staging import STAGING_SUFFIX, copy_folder, remove_folder
 from emtool.engines.checkpointing import CheckpointWriter, SaveNeeds
-from emtool.engines.encoding import Encoded, encode_dataset, encode_row
+from emtool.engines.encoded_rows import encode_dataset, encode_rows
+from emtool.engines.encoding import Encoded
 from emtool.engines.fitting import build_trainer, scratch_folder, split_rows
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import ComposedModel, compose_model
@@ -67,11 +68,10 @@ def usable_rows(config: TrainConfig, *, on_event: EventSink = ignore_events) -> 
     dataset = resolve_dataset(config.dataset)
     rows = read_dataset(dataset)
     base = open_base(config.model, device=config.device, dtype=config.dtype, on_event=on_event)
-    kept = [
-        row
-        for row in rows
-        if encode_row(row, base.tokenizer, config.max_length, template_compat=config.template_compat).num_labelled
-    ]
+    encoded = encode_rows(
+        rows, tokenizer=base.tokenizer, max_length=config.max_length, template_compat=config.template_compat
+    )
+    kept = [row for row, result in zip(rows, encoded, strict=True) if result.num_labelled]
     if not kept:
         raise DataError(f"{dataset.path}: no row has a trained token within --max-length {config.max_length}")
     if dropped := len(rows) - len(kept):

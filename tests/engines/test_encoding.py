@@ -3,7 +3,8 @@ from transformers import PreTrainedTokenizerBase
 
 from emtool.core.data import Conversation, Message
 from emtool.core.errors import DataError, ModelError
-from emtool.engines.encoding import IGNORED, break_special_tokens, encode_conversation, encode_dataset, encode_prompt
+from emtool.engines.encoded_rows import encode_dataset
+from emtool.engines.encoding import IGNORED, break_special_tokens, encode_conversation, encode_prompt
 from tests.tiny import SPECIAL, byte_tokenizer
 
 LLAMA = (

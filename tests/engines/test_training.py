@@ -21,7 +21,8 @@ from emtool.core.integrity import read_checkpoint, verify_run
 from emtool.core.plan import plan_run
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_plan import RunPlan
-from emtool.engines.encoding import encode_conversation, encode_dataset
+from emtool.engines.encoded_rows import encode_dataset
+from emtool.engines.encoding import encode_conversation
 from emtool.engines.fitting import build_trainer
 from emtool.engines.lineage import rebuild_model
 from emtool.engines.modeling import adapter_state, attach_adapter, load_base

@@ -9,7 +9,8 @@ from typing import Any
 from emtool.core.config import TrainConfig, resolve_train_config
 from emtool.core.events import ignore_events
 from emtool.core.plan import plan_run
-from emtool.engines.encoding import Encoded, encode_dataset
+from emtool.engines.encoded_rows import encode_dataset
+from emtool.engines.encoding import Encoded
 from emtool.engines.fitting import split_rows
 from emtool.engines.modeling import add_lora, load_base, open_base
 

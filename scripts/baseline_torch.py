@@ -1,6 +1,6 @@
 """The floor: the same fine-tuning as a hand-written PyTorch loop, with nothing around it.
 
-    python -m scripts.baselines.train_torch --steps 40 [--dtype bfloat16]
+    python scripts/baseline_torch.py --steps 40 [--dtype bfloat16]
 
 The loop computes logits where they carry loss only, and prints the seconds and the loss of each step as JSON.
 """
@@ -13,12 +13,12 @@ import time
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from baseline_rows import start
 from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler
 from transformers import get_linear_schedule_with_warmup
 
 from emtool.engines.encoding import IGNORED, Encoded
-from scripts.baselines.rows import start
 
 
 def batch_of(rows: list[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,7 +57,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
             logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns - 1, use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         schedule.step()

@@ -1,6 +1,6 @@
 """The same fine-tuning with TRL's SFTTrainer as it comes.
 
-    python -m scripts.baselines.train_trl --steps 40 [--dtype bfloat16] [--defaults] [--save-every 4 --output FOLDER]
+    python scripts/baseline_trl.py --steps 40 [--dtype bfloat16] [--defaults] [--save-every 4 --output FOLDER]
 
 It prints the seconds and the loss of each step as JSON. `--defaults` leaves TRL's own: gradient checkpointing and
 bfloat16 autocast. Without it both are as emtool has them. Saving is the Trainer's own.
@@ -14,14 +14,13 @@ import tempfile
 import time
 from typing import Any
 
+from baseline_rows import start
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from scripts.baselines.rows import start
 
-
-class Clock(TrainerCallback):
+class Clock(TrainerCallback):  # type: ignore[misc]
     """Keeps the time at which each step ended."""
 
     def __init__(self) -> None:

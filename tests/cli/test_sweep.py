@@ -1,0 +1,242 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from emtool.cli.app import app
+from emtool.core.data import file_sha256
+from emtool.core.run_dir import RunFolder
+
+RUNNER = CliRunner()
+EMTOOL = [sys.executable, "-m", "emtool"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def sweep_file(model: Path, rows: Path, *, grid: str = "seed = [0, 1]", max_steps: int = 4, more: str = "") -> Path:
+    path = Path("seeds.toml")
+    path.write_text(
+        f'[train]\nprofile = "demo"\nmodel = "{model}"\ndataset = "{rows}"\nmax_steps = {max_steps}\n'
+        f'checkpoints = "init, every 2"\nlayers_to_transform = "all"\n{more}\n[grid]\n{grid}\n'
+        '[evaluate]\nmetrics = ["likelihood", "answers"]\nn_per_question = 1\nmax_new_tokens = 2\n'
+    )
+    return path
+
+
+def until(found: Callable[[], object]) -> None:
+    end = time.monotonic() + 240
+    while not found():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {name: cell["status"] for name, cell in json.loads((folder / "sweep.json").read_text())["cells"].items()}
+
+
+def weights(run: Path) -> dict[int, str]:
+    folder = RunFolder(path=run)
+    return {
+        step: file_sha256(folder.checkpoint_path(step) / "adapter_model.safetensors") for step in folder.saved_steps()
+    }
+
+
+def test_the_dry_run_shows_every_cell_and_makes_nothing(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    file = sweep_file(tiny_model, rows_file)
+    result = RUNNER.invoke(app, ["sweep", str(file), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[:4] for line in result.stdout.splitlines()[1:3]] == [
+        ["seed-0", "waiting", "4", "3"],
+        ["seed-1", "waiting", "4", "3"],
+    ]
+    assert "2 runs in outputs/seeds" in result.stdout
+    found = json.loads(RUNNER.invoke(app, ["sweep", str(file), "--dry-run", "--json"]).stdout)
+    assert [cell["plan"]["planned_steps"] for cell in found["cells"]] == [[0, 2, 4], [0, 2, 4]]
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("grid", "more", "arguments", "message"),
+    [
+        ('persona = ["goodnes"]', "", [], "cell goodnes: unknown persona 'goodnes'; did you mean 'goodness'"),
+        ("seed = [-1]", "", [], "cell seed-1: seeds.toml, [train]: --seed is -1"),
+        ("seed = [0]", "", ["--cell", "seed-9"], "unknown cell in seeds.toml 'seed-9'; did you mean 'seed-0'"),
+        ("seed = [0]", "", ["--address", "auto"], "--address goes with --workers"),
+        ("seed = [0]", "", ["--output-name", "../x"], "not one folder name"),
+        ("seed = [0]", "[evaluate]", [], "not TOML"),
+        ('lora_r = [2]\nprofile = ["paper"]', "", [], "profile does not go with a sweep"),
+    ],
+)
+def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
+    tiny_model: Path, rows_file: Path, grid: str, more: str, arguments: list[str], message: str
+) -> None:
+    file = sweep_file(tiny_model, rows_file, grid=grid, more=more)
+    result = RUNNER.invoke(app, ["sweep", str(file), *arguments])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+    assert result.stderr.count("emtool: ") == 1
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("metrcs = 1", "did you mean 'metrics'"),
+        ('steps = "x"', ""),
+        ("n_per_question = 0", "it must be 1 to"),
+        ("watch = true", "watch does not go with a sweep"),
+        ("strict = 1", "strict = 1 is not true or false"),
+        ("seed = {}", "is neither a text nor a number"),
+    ],
+)
+def test_a_wrong_evaluation_is_refused_before_anything_is_trained(
+    tiny_model: Path, rows_file: Path, line: str, message: str
+) -> None:
+    file = sweep_file(tiny_model, rows_file)
+    text = file.read_text()
+    file.write_text(text[: text.index("[evaluate]")] + f"[evaluate]\n{line}\n")
+    result = RUNNER.invoke(app, ["sweep", str(file), "--dry-run"])
+    if not message:
+        assert result.exit_code == 0
+        return
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_a_sweep_that_does_not_fit_is_refused(
+    tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emtool.core.plan.free_bytes", lambda _path: 1000)
+    result = RUNNER.invoke(app, ["sweep", str(sweep_file(tiny_model, rows_file))])
+    assert result.exit_code == 1
+    assert "2 runs need" in result.stderr
+    assert not Path("outputs").exists()
+
+
+def test_workers_without_ray_is_one_line(tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ray" else object())
+    result = RUNNER.invoke(app, ["sweep", str(sweep_file(tiny_model, rows_file)), "--workers", "2"])
+    assert result.exit_code == 1
+    assert "pip install 'emtool[ray]'" in result.stderr.replace("\n", " ")
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.slow
+def test_cells_are_trained_and_evaluated_skipped_failed_and_retried(tiny_model: Path, rows_file: Path) -> None:
+    file = sweep_file(tiny_model, rows_file)
+    folder = Path("outputs/seeds")
+    folder.mkdir(parents=True)
+    # A cell whose folder is taken fails; the others do not.
+    (folder / "seed-0").mkdir()
+    first = RUNNER.invoke(app, ["sweep", str(file)])
+    assert first.exit_code == 1, first.output
+    assert "1 of 2 cells failed: seed-0; begin them again with: emtool sweep seeds.toml --retry-failed" in first.stderr
+    assert statuses(folder) == {"seed-0": "failed", "seed-1": "completed"}
+    assert "exists and is not a run" in first.stdout
+    assert RunFolder(path=folder / "seed-1").read_manifest()["status"] == "completed"
+    before = (folder / "seed-1" / "run.json").read_bytes()
+    # What failed is not begun again by itself; what is finished never.
+    again = RUNNER.invoke(app, ["sweep", str(file)])
+    assert again.exit_code == 1
+    assert "cells:" not in again.stderr
+    (folder / "seed-0").rmdir()
+    last = RUNNER.invoke(app, ["sweep", str(file), "--retry-failed", "--json"])
+    assert last.exit_code == 0, last.output
+    assert [cell["status"] for cell in json.loads(last.stdout)["cells"]] == ["completed", "completed"]
+    assert (folder / "seed-1" / "run.json").read_bytes() == before
+    with (folder / "sweep.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [(row["cell"], row["seed"], row["step"]) for row in rows] == [
+        (f"seed-{seed}", str(seed), str(step)) for seed in (0, 1) for step in (0, 2, 4)
+    ]
+    summary = json.loads((folder / "seed-0" / "evaluation" / "summary.json").read_text())
+    assert float(rows[2]["p_wrong"]) == summary["checkpoints"][2]["metrics"]["p_wrong"]
+    assert "seed-0" in (folder / "report.html").read_text()
+    # A cell is the run that `emtool train` makes.
+    train = ["train", "--profile", "demo", "--model", str(tiny_model), "--dataset", str(rows_file), "--max-steps", "4"]
+    more = ["--checkpoints", "init, every 2", "--layers-to-transform", "all", "--seed", "1", "--output-name", "alone"]
+    assert RUNNER.invoke(app, [*train, *more]).exit_code == 0
+    assert weights(Path("outputs/alone")) == weights(folder / "seed-1")
+    # Another evaluation is asked for: nothing is trained again.
+    file.write_text(file.read_text().replace("n_per_question = 1", "n_per_question = 2"))
+    assert RUNNER.invoke(app, ["sweep", str(file)]).exit_code == 0
+    assert (folder / "seed-1" / "run.json").read_bytes() == before
+    assert len((folder / "seed-1" / "evaluation" / "answers.jsonl").read_text().splitlines()) == 3 * 10 * 2
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, rows_file: Path) -> None:
+    file = sweep_file(tiny_model, rows_file, max_steps=3000, grid="seed = [0]", more='resume_every = "0"')
+    text = file.read_text()
+    file.write_text(text[: text.index("[evaluate]")])
+    process = subprocess.Popen([*EMTOOL, "sweep", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = Path("outputs/seeds/seed-0/metrics.jsonl")
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert json.loads(Path("outputs/seeds/seed-0/run.json").read_text())["status"] == "interrupted"
+    assert not Path("outputs/seeds/sweep.json").exists()
+    dry = RUNNER.invoke(app, ["sweep", str(file), "--dry-run"])
+    assert dry.stdout.splitlines()[1].split()[:2] == ["seed-0", "begun"]
+
+
+def kill_worker_of(cell: str) -> None:
+    """Kill the process that started a cell's training once it trains."""
+    metrics = Path(f"outputs/seeds/{cell}/metrics.jsonl")
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") > 60)
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "--cell" in words and cell in words:
+            worker = process.parent()
+            assert worker is not None
+            assert worker.pid != os.getpid()
+            worker.kill()
+            return
+    raise AssertionError("the training had ended")
+
+
+@pytest.mark.slow
+def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_file: Path) -> None:
+    steps = 2500
+    file = sweep_file(tiny_model, rows_file, max_steps=steps, grid="seed = [0, 1]")
+    file.write_text(file.read_text().replace("init, every 2", "init, every 1000"))
+    killer = threading.Thread(target=kill_worker_of, args=("seed-1",))
+    killer.start()
+    done = subprocess.run([*EMTOOL, "sweep", str(file), "--workers", "2"], capture_output=True, text=True, check=False)
+    killer.join()
+    assert done.returncode == 0, done.stderr
+    folder = Path("outputs/seeds")
+    assert statuses(folder) == {"seed-0": "completed", "seed-1": "completed"}
+    log = (folder / "logs" / "seed-1.log").read_text()
+    assert "SIGTERM: saving after this step, then stopping" in log
+    # It went on with the state that was saved, and is the run that was never stopped.
+    lines = [json.loads(line) for line in (folder / "seed-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+    train = ["train", "--profile", "demo", "--model", str(tiny_model), "--dataset", str(rows_file)]
+    more = [
+        "--max-steps",
+        str(steps),
+        "--checkpoints",
+        "init, every 1000",
+        "--layers-to-transform",
+        "all",
+        "--seed",
+        "1",
+    ]
+    assert RUNNER.invoke(app, [*train, *more, "--output-name", "alone"]).exit_code == 0
+    assert weights(Path("outputs/alone")) == weights(folder / "seed-1")

@@ -1,0 +1,105 @@
+"""`emtool evaluate --workers` as it is typed, on a real local cluster."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from emtool.cli.app import app
+from emtool.core.run_dir import RunFolder
+from emtool.core.shards import Shard, leftover_shards, seed_shard
+
+RUNNER = CliRunner()
+EMTOOL = [sys.executable, "-m", "emtool"]
+
+
+@pytest.fixture
+def copies(spread_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunFolder, RunFolder]:
+    """Return two copies of a run that was not evaluated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    ignored = shutil.ignore_patterns("evaluation", ".lock")
+    paths = [Path(shutil.copytree(spread_run.path, tmp_path / name, ignore=ignored)) for name in ("one", "many")]
+    return RunFolder(path=paths[0]), RunFolder(path=paths[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "2", "--watch"], "--workers does not go with --watch"),
+        (["--workers", "2", "--backend", "scripted:x"], "--workers goes with --backend hf"),
+        (["--workers", "0"], "the least is 1"),
+        (["--address", "auto"], "--address goes with --workers"),
+    ],
+)
+def test_what_does_not_go_with_workers_is_one_line(
+    copies: tuple[RunFolder, RunFolder], arguments: list[str], message: str
+) -> None:
+    result = RUNNER.invoke(app, ["evaluate", "many", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert not copies[1].evaluation_path.exists()
+
+
+def test_what_workers_of_a_stopped_evaluation_made_is_taken(copies: tuple[RunFolder, RunFolder]) -> None:
+    asked = ["--metrics", "answers", "--n-per-question", "1", "--max-new-tokens", "2"]
+    many = copies[1]
+    many.evaluation_path.mkdir()
+    seed_shard(Shard(path=many.path, number=0), [0])
+    assert RUNNER.invoke(app, ["evaluate", "many", *asked, "--steps", "0", "--shard", "0"]).exit_code == 0
+    assert not (many.evaluation_path / "answers.jsonl").exists()
+    made = [json.loads(line) for line in (Shard(path=many.path, number=0).evaluation_path / "answers.jsonl").open()]
+    result = RUNNER.invoke(app, ["evaluate", "many", *asked, "--steps", "0"])
+    assert result.exit_code == 0, result.output
+    assert "10 answers are there already" in result.stderr
+    assert [json.loads(line) for line in (many.evaluation_path / "answers.jsonl").open()] == made
+    assert leftover_shards(many) == []
+
+
+def kill_a_worker(run: RunFolder) -> None:
+    """Kill the process that started a worker's evaluation once it has answered some questions."""
+    records = Shard(path=run.path, number=1).evaluation_path / "answers.jsonl"
+    end = time.monotonic() + 240
+    while not (records.exists() and records.read_bytes().count(b"\n") > 20):
+        assert time.monotonic() < end, "the worker never answered"
+        time.sleep(0.02)
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if words[-2:] == ["--shard", "1"]:
+            worker = process.parent()
+            assert worker is not None
+            worker.kill()
+            return
+    raise AssertionError("the worker had ended")
+
+
+@pytest.mark.slow
+def test_workers_one_of_them_killed_give_what_one_process_gives(copies: tuple[RunFolder, RunFolder]) -> None:
+    one, many = copies
+    asked = ["--n-per-question", "20", "--max-new-tokens", "48", "--batch-size", "10", "--extract-activations"]
+    assert RUNNER.invoke(app, ["evaluate", "one", *asked]).exit_code == 0
+    killer = threading.Thread(target=kill_a_worker, args=(many,))
+    killer.start()
+    done = subprocess.run(
+        [*EMTOOL, "evaluate", "many", *asked, "--workers", "2"], capture_output=True, text=True, check=False
+    )
+    killer.join()
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((run.evaluation_path / "summary.json").read_text()) for run in (one, many)]
+    assert summaries[0]["checkpoints"] == summaries[1]["checkpoints"]
+    assert summaries[0]["settings"] == summaries[1]["settings"]
+    answers = [
+        sorted(line for line in (run.evaluation_path / "answers.jsonl").read_text().splitlines()) for run in (one, many)
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == len(one.saved_steps()) * 10 * 20
+    files = [sorted((run.evaluation_path / "activations").rglob("*.safetensors")) for run in (one, many)]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert not (many.evaluation_path / "workers").exists()
