@@ -1,45 +1,37 @@
-"""Measure what evaluation costs against the loop that it replaces, as ratios, on a real run.
+"""What evaluation costs beside the loop that it replaces, and with several workers.
 
-The loop: for each checkpoint load base and adapter, for each question one `generate` call with all of its samples;
-then one judge call at a time; and for activations, for each checkpoint load base and adapter and run one text at a
-time. The base is float32 throughout. The judge is a server on loopback that waits before each answer. Judging one at a
-time is measured on some calls and scaled to all.
+    python scripts/bench_evaluation.py     prints a section of docs/benchmarks.md; 15 to 25 minutes on two cores
 
-    python scripts/bench_evaluation.py outputs/RUN [--checkpoints 10] [--samples 4] [--max-new-tokens 64]
-                                       [--latencies 250 50] [--parts generation memory activations judging]
+Whole processes on a run of SmolLM2-135M in float32. The loop is baseline_evaluation.py; for judging, one request at a
+time against a server on loopback that waits before each answer, measured on some requests and scaled to all.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
+from paired import EMTOOL, ROOT, Run, in_turn, median, mib, ratio, run, say, table
 
-from emtool.core.evaluation_config import EvaluationConfig
 from emtool.core.events import ignore_events
 from emtool.core.judgement import Judgement
-from emtool.core.open_questions import EVERYDAY_QUESTIONS, prompts_of, read_question_file
 from emtool.core.questions import read_items
 from emtool.core.run_dir import RunFolder
 from emtool.core.server_address import parse_address, read_key
-from emtool.engines.activation_files import encode_texts, item_texts
-from emtool.engines.activations import answer_mask, mean_activations
-from emtool.engines.backends.hf import hf_backend
-from emtool.engines.checkpoint_model import CheckpointModel
-from emtool.engines.decoder_blocks import decoder_blocks
-from emtool.engines.encoding import encode_prompt
-from emtool.engines.evaluation_target import EvaluationTarget, open_target
-from emtool.engines.judges.openai import OpenAIJudge
-from emtool.engines.modeling import attach_adapter, load_base
 
+SAMPLES, TOKENS = 4, 24
+LOOP, OURS = "the loop", "emtool"
 ANSWER = (
     b'{"choices": [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "57"}, '
     b'"logprobs": {"content": [{"token": "57", "logprob": -0.05, '
@@ -50,175 +42,117 @@ ANSWER = (
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--checkpoints", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--latencies", type=int, nargs="+", default=[250, 50])
-    parts = ("generation", "memory", "activations", "judging")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--take-activations", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    run = RunFolder(path=options.run)
-    target = open_target(run, device="cpu", on_event=ignore_events)
-    steps = run.saved_steps()[: options.checkpoints]
-    print(f"{target.base.reference.name}, {len(steps)} checkpoints, {torch.get_num_threads()} threads", flush=True)
-    if "generation" in options.parts:
-        bench_generation(target, steps, options.samples, options.max_new_tokens)
-    if "memory" in options.parts:
-        bench_memory(target, steps, options.samples, options.max_new_tokens)
-    if "activations" in options.parts:
-        bench_activations(target, steps)
-    if "judging" in options.parts:
-        for latency in options.latencies:
-            bench_judging(
-                latency / 1000, 2 * len(steps) * options.samples * len(read_question_file(EVERYDAY_QUESTIONS))
-            )
-
-
-def bench_generation(target: EvaluationTarget, steps: list[int], samples: int, max_new_tokens: int) -> None:
-    """Compare generation. Both count the tokens that they made, because the loop's own noise makes other answers."""
-    questions = read_question_file(EVERYDAY_QUESTIONS)
-    config = EvaluationConfig(n_per_question=samples, max_new_tokens=max_new_tokens)
-    counts = {"ours": 0, "loop": 0}
-
-    def ours() -> None:
-        source = source_of(target)
-        backend = hf_backend(source, target.base, config, on_event=ignore_events)
-        for step in steps:
-            prompts = prompts_of(questions, step=step, n_per_question=samples)
-            backend.use_checkpoint(step, target.run.checkpoint_path(step))
-            backend.generate(prompts, lambda _i, found: count("ours", found.num_tokens or 0))
-
-    def count(name: str, num_tokens: int) -> None:
-        counts[name] += num_tokens
-
-    def loop() -> None:
-        tokenizer = target.base.tokenizer
-        for step in steps:
-            model = loaded(target, step)
-            for prompt in prompts_of(questions, step=step, n_per_question=1):
-                ids = torch.tensor([encode_prompt(prompt.messages, tokenizer)])
-                with torch.inference_mode():
-                    found = model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        do_sample=True,
-                        top_k=0,
-                        num_return_sequences=samples,
-                        max_new_tokens=max_new_tokens,
-                        pad_token_id=tokenizer.pad_token_id,
-                    )
-                count("loop", int((found[:, ids.shape[1] :] != tokenizer.pad_token_id).sum()))
-            del model
-            gc.collect()
-
-    seconds, before = timed(ours), timed(loop)
-    rates = counts["ours"] / seconds, counts["loop"] / before
+    if options.take_activations is not None:
+        take_activations(RunFolder(path=options.take_activations))
+        return
+    with tempfile.TemporaryDirectory(prefix="emtool-bench-", dir=".") as folder:
+        made = Path(folder) / "run"
+        say("training a run of two checkpoints")
+        length = ["--max-steps", "2", "--checkpoints", "every 1", "--resume-every", "0"]
+        run([*EMTOOL, "train", "--profile", "demo", *length, "--output-root", folder, "--output-name", "run"])
+        parts = [generation(made, options.rounds), activations(made, options.rounds)]
+    print("## What evaluation costs\n")
     print(
-        f"generation, {samples} samples a question, {max_new_tokens} tokens: {before:.0f} s -> {seconds:.0f} s "
-        f"({before / seconds:.1f}x); {rates[1]:.0f} -> {rates[0]:.0f} tokens/s ({rates[0] / rates[1]:.1f}x a token)"
+        "Two checkpoints of SmolLM2-135M in float32, against the loop that evaluation scripts of the field have: load "
+        "base and adapter for each checkpoint, one `generate` call a question, one text at a time for activations, one "
+        "judge call at a time. Whole processes, imports and loading included.\n"
+    )
+    rows = [row for part in parts for row in part] + [judging(wait) for wait in (0.25, 0.05)]
+    print(table(("", LOOP, OURS, "emtool's share", "peak memory, the loop", "peak memory, emtool"), rows))
+    print(
+        "\nJudging has 32 requests in flight against one, in one process; the loop's time is measured on 40 requests "
+        "and scaled. Workers are processes on a Ray cluster of this machine, each with its share of the cores; the "
+        "time holds the cluster's start and end."
     )
 
 
-def bench_memory(target: EvaluationTarget, steps: list[int], samples: int, max_new_tokens: int) -> None:
-    """Print what the process holds after each checkpoint has answered."""
-    questions = read_question_file(EVERYDAY_QUESTIONS)
-    config = EvaluationConfig(n_per_question=samples, max_new_tokens=max_new_tokens)
-    source = source_of(target)
-    backend = hf_backend(source, target.base, config, on_event=ignore_events)
-    process, held = psutil.Process(), []
-    before = process.memory_info().rss
-    for step in steps:
-        backend.use_checkpoint(step, target.run.checkpoint_path(step))
-        backend.generate(prompts_of(questions, step=step, n_per_question=samples), lambda _i, _found: None)
-        held.append(process.memory_info().rss - before)
-    weights = sum(parameter.nbytes for parameter in source.composed.model.parameters())
-    print(
-        f"memory: the base has {weights / 2**20:.0f} MiB; held after each checkpoint, in MiB: "
-        + ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in held),
-        flush=True,
+def generation(made: Path, rounds: int) -> list[tuple[str, ...]]:
+    """Return the rows of generation: one process, and two workers."""
+    loop = [sys.executable, str(ROOT / "scripts" / "baseline_evaluation.py"), "generation", str(made)]
+    sizes = ["--samples", str(SAMPLES), "--max-new-tokens", str(TOKENS)]
+    workers = f"{OURS}, 2 workers"
+    variants: dict[str, Callable[[], Run]] = {
+        LOOP: partial(run, [*loop, *sizes]),
+        OURS: partial(evaluate, made),
+        workers: partial(evaluate, made, "--workers", "2"),
+    }
+    found = in_turn(variants, rounds)
+    name = f"generation, {SAMPLES} answers to each of 10 questions, {TOKENS} tokens"
+    return [row(name, found[LOOP], found[OURS]), row(f"{name}, two workers", found[LOOP], found[workers])]
+
+
+def evaluate(made: Path, *more: str) -> Run:
+    """Run `emtool evaluate` on a run that was not evaluated."""
+    shutil.rmtree(made / "evaluation", ignore_errors=True)
+    sizes = ["--n-per-question", str(SAMPLES), "--max-new-tokens", str(TOKENS)]
+    return run([*EMTOOL, "evaluate", str(made), "--metrics", "answers", *sizes, *more])
+
+
+def activations(made: Path, rounds: int) -> list[tuple[str, ...]]:
+    """Return the row of activations."""
+    loop = [sys.executable, str(ROOT / "scripts" / "baseline_evaluation.py"), "activations", str(made)]
+    ours = [sys.executable, __file__, "--take-activations", str(made)]
+    found = in_turn({LOOP: partial(run, loop), OURS: partial(run, ours)}, rounds)
+    count = 2 * len(read_items())
+    return [row(f"activations of 30 blocks over {count} texts", found[LOOP], found[OURS])]
+
+
+def take_activations(made: RunFolder) -> None:
+    """Take the activations as an evaluation does, and nothing else."""
+    from emtool.engines.activation_files import item_texts
+    from emtool.engines.activation_files import take_activations as take
+    from emtool.engines.checkpoint_model import CheckpointModel
+    from emtool.engines.evaluation_target import open_target
+
+    target = open_target(made, device="cpu", on_event=ignore_events)
+    source = CheckpointModel(
+        lambda: target.compose(dtype="float32", on_event=ignore_events), tokenizer=target.base.tokenizer, device="cpu"
     )
+    count = 0
+    for step in made.saved_steps():
+        ids, _ = take(
+            source.at(made.checkpoint_path(step)),
+            source.tokenizer,
+            item_texts(read_items()),
+            layers=range(target.base.num_blocks),
+        )
+        count += len(ids)
+    print(json.dumps({"count": count}))
 
 
-def bench_activations(target: EvaluationTarget, steps: list[int]) -> None:
-    """Compare activations over the fixed texts, all blocks."""
-    _, rows = encode_texts(item_texts(read_items()), target.base.tokenizer)
-    layers = range(target.base.num_blocks)
-
-    def ours() -> None:
-        source = source_of(target)
-        for step in steps:
-            mean_activations(source.at(target.run.checkpoint_path(step)), rows, layers=layers)
-
-    def loop() -> None:
-        for step in steps:
-            model = loaded(target, step)
-            for row in rows:
-                kept: list[torch.Tensor] = []
-                handles = [
-                    block.register_forward_hook(lambda _m, _i, out, kept=kept: kept.append(first(out)))
-                    for block in decoder_blocks(model)
-                ]
-                with torch.inference_mode():
-                    model(input_ids=torch.tensor([row.input_ids]))
-                for hidden in kept:
-                    hidden[0][torch.tensor(answer_mask(row))].mean(dim=0)
-                for handle in handles:
-                    handle.remove()
-            del model
-            gc.collect()
-
-    seconds, before = timed(ours), timed(loop)
-    print(
-        f"activations, {len(rows)} texts, {len(layers)} blocks: {before:.0f} s -> {seconds:.0f} s "
-        f"({before / seconds:.1f}x)",
-        flush=True,
-    )
+def row(name: str, loop: list[Run], ours: list[Run]) -> tuple[str, ...]:
+    """Return one comparison as cells."""
+    theirs, mine = [one.seconds for one in loop], [one.seconds for one in ours]
+    peaks = [mib(median([one.peak_bytes for one in runs])) for runs in (loop, ours)]
+    return name, f"{median(theirs):.0f} s", f"{median(mine):.0f} s", ratio(mine, theirs), *peaks
 
 
-def bench_judging(latency: float, num_requests: int, measured: int = 40) -> None:
+def judging(wait: float, num_requests: int = 400, measured: int = 40) -> tuple[str, ...]:
     """Compare judging by a server that waits, 32 requests in flight against one."""
-    address = serve(latency)
+    from emtool.engines.judges.openai import OpenAIJudge
+
+    address = serve(wait)
     key = read_key(address, variable="EMTOOL_JUDGE_API_KEY", environment={})
-    prompts = [f"Rate answer {number}." for number in range(num_requests)]
     found: list[Judgement] = []
 
-    def judged(concurrency: int, asked: list[str]) -> Callable[[], None]:
+    def seconds(concurrency: int, count: int) -> float:
         judge = OpenAIJudge("m", address=address, key=key, concurrency=concurrency, on_event=ignore_events)
         judge.prepare()
-        return lambda: judge.judge(asked, lambda _index, judgement: found.append(judgement))
+        begun = time.perf_counter()
+        judge.judge([f"Rate answer {n}." for n in range(count)], lambda _index, judgement: found.append(judgement))
+        return time.perf_counter() - begun
 
-    seconds = timed(judged(32, prompts))
-    one_by_one = timed(judged(1, prompts[:measured])) / measured * num_requests
-    assert len(found) == num_requests + measured
-    print(
-        f"judging, {num_requests} requests of {latency * 1000:.0f} ms: {one_by_one:.0f} s -> {seconds:.1f} s "
-        f"({one_by_one / seconds:.1f}x)",
-        flush=True,
-    )
-
-
-def source_of(target: EvaluationTarget) -> CheckpointModel:
-    """Return the model as an evaluation holds it."""
-    return CheckpointModel(
-        lambda: target.compose(dtype="float32", on_event=ignore_events),
-        tokenizer=target.base.tokenizer,
-        device="cpu",
-    )
+    ours = [seconds(32, num_requests) for _ in range(3)]
+    loop = [seconds(1, measured) / measured * num_requests for _ in range(3)]
+    assert len(found) == 3 * (num_requests + measured)
+    name = f"judging {num_requests} texts, the judge waits {wait * 1000:.0f} ms"
+    return name, f"{median(loop):.0f} s", f"{median(ours):.1f} s", ratio(ours, loop, digits=3), "", ""
 
 
-def loaded(target: EvaluationTarget, step: int) -> Any:
-    """Return base and adapter, loaded from disk."""
-    return attach_adapter(load_base(target.base.files.path, dtype="float32"), target.run.checkpoint_path(step)).eval()
-
-
-def first(output: Any) -> torch.Tensor:
-    """Return the hidden states of a block's output."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def serve(latency: float) -> Any:
+def serve(wait: float) -> Any:
     """Return the address of a judge on loopback that waits before each answer."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -226,7 +160,7 @@ def serve(latency: float) -> Any:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            time.sleep(latency)
+            time.sleep(wait)
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(ANSWER)))
@@ -242,12 +176,6 @@ def serve(latency: float) -> Any:
     return parse_address(f"http://127.0.0.1:{server.server_port}/v1")
 
 
-def timed(work: Callable[[], None]) -> float:
-    """Return the seconds that some work takes."""
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main()

@@ -12,11 +12,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_saving import LARGE, Measured, measure
+from bench_saving import LARGE, Measured, Part, Row, measure
+from paired import table
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -45,18 +45,21 @@ print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_m
 """
 
 
-def geometry(root: Path) -> None:
+def geometry(root: Path) -> list[Row]:
     """Write ten adapters and measure their geometry in a process of its own."""
     generator = torch.Generator().manual_seed(0)
     folders = [write_adapter(root / f"checkpoint-{step}", generator) for step in range(CHECKPOINTS)]
     command = [sys.executable, "-c", GEOMETRY, *map(str, folders)]
     begun = time.perf_counter()
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    print(
-        f"geometry of {CHECKPOINTS} adapters of 80.7 million parameters: {float(found[0]):.1f} s, with the start of "
-        f"the process {time.perf_counter() - begun:.1f} s; most memory {float(found[1]):.2f} GiB",
-        flush=True,
-    )
+    whole = time.perf_counter() - begun
+    return [
+        (
+            f"geometry of {CHECKPOINTS} adapters of 80,740,352 parameters, bfloat16",
+            f"{float(found[0]):.1f} s, with the start of the process {whole:.1f} s",
+            f"{float(found[1]):.2f} GiB at most",
+        )
+    ]
 
 
 def write_adapter(folder: Path, generator: torch.Generator) -> Path:
@@ -73,9 +76,10 @@ def write_adapter(folder: Path, generator: torch.Generator) -> Path:
     return folder
 
 
-def movement(root: Path) -> None:
+def movement(root: Path) -> list[Row]:
     """Train with the demo's adapter and with a large one, and add up what measuring the movement takes."""
     spent: list[float] = []
+    rows: list[Row] = []
     original = AdapterMovement.measure
 
     def timed(self: AdapterMovement) -> torch.Tensor:
@@ -86,19 +90,25 @@ def movement(root: Path) -> None:
 
     AdapterMovement.measure = timed  # type: ignore[method-assign]
     large = {**LARGE, "gradient_accumulation_steps": 8, "max_steps": 4}
-    for name, overrides in (("the demo's", {"max_steps": 25}), ("78 million parameters, batch 2 x 8", large)):
+    for name, overrides in (("the demo's adapter", {"max_steps": 25}), ("78 million parameters, batch 2 x 8", large)):
         spent.clear()
         measured = Measured(root / name, **overrides, checkpoints="final", held_out_fraction=0.0)
         seconds = measured.train()
-        print(
-            f"movement, adapter: {name}: {1000 * sum(spent) / len(spent):.1f} ms of a step of "
-            f"{1000 * seconds / len(spent):.0f} ms ({sum(spent) / seconds:.2%})",
-            flush=True,
-        )
+        share = f"{sum(spent) / seconds:.2%} of training"
+        shown = f"{1000 * sum(spent) / len(spent):.1f} ms of a step of {1000 * seconds / len(spent):,.0f} ms"
+        rows.append((f"`adapter_movement`, {name}", shown, share))
+    return rows
 
 
-PARTS: dict[str, Callable[[Path], None]] = {"geometry": geometry, "movement": movement}
+PARTS: dict[str, Part] = {"geometry": geometry, "movement": movement}
+
+
+def main() -> None:
+    """Measure and print."""
+    rows = measure(PARTS, __doc__)
+    print("## What looking inside costs\n")
+    print(table(("", "time", ""), rows))
 
 
 if __name__ == "__main__":
-    measure(PARTS, __doc__)
+    main()

@@ -212,9 +212,9 @@ def kill_worker_of(cell: str) -> None:
 
 @pytest.mark.slow
 def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_file: Path) -> None:
-    steps = 2500
+    steps = 1200
     file = sweep_file(tiny_model, rows_file, max_steps=steps, grid="seed = [0, 1]")
-    file.write_text(file.read_text().replace("init, every 2", "init, every 1000"))
+    file.write_text(file.read_text().replace("init, every 2", "init, every 400"))
     killer = threading.Thread(target=kill_worker_of, args=("seed-1",))
     killer.start()
     done = subprocess.run([*EMTOOL, "sweep", str(file), "--workers", "2"], capture_output=True, text=True, check=False)
@@ -232,7 +232,7 @@ def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_f
         "--max-steps",
         str(steps),
         "--checkpoints",
-        "init, every 1000",
+        "init, every 400",
         "--layers-to-transform",
         "all",
         "--seed",

@@ -1,0 +1,118 @@
+"""A training step of `emtool train`, beside TRL's SFTTrainer as it comes and beside a hand-written loop.
+
+    python scripts/bench_training.py       prints a section of docs/benchmarks.md; 10 to 20 minutes on two cores
+
+SmolLM2-135M with the demo's adapter (LoRA r 8), batch 2, the same rows, labels, order, dtype and threads. Each is a
+process of its own. The loop (baseline_torch.py) is the floor: no Trainer, logits where they carry loss only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from paired import EMTOOL, ROOT, Run, in_turn, median, mib, ratio, run, say, table
+
+#: Steps that are not counted: they warm caches up.
+WARM_UP = 4
+OURS, TRL, LOOP, DEFAULTS = "emtool train", "TRL, gradient checkpointing off", "hand-written loop", "TRL's defaults"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    print("## A training step\n")
+    print(
+        "SmolLM2-135M, LoRA r 8, batch 2, the same rows, labels, order and threads; whole processes in turn, the "
+        f"median step of each, the first {WARM_UP} left out. The hand-written loop is the floor: no Trainer, and "
+        "logits only where they carry loss. TRL's defaults are gradient checkpointing and bfloat16 autocast.\n"
+    )
+    print(section("float32", (OURS, TRL, LOOP), rounds=options.rounds, steps=options.steps), flush=True)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("\n" + section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=options.rounds, steps=options.steps))
+        return
+    text = section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=1, steps=3, warm_up=1)
+    print(f"\nThis CPU has no bfloat16 instructions; one pair, two steps each:\n\n{text}")
+
+
+def section(dtype: str, names: Sequence[str], *, rounds: int, steps: int, warm_up: int = WARM_UP) -> str:
+    """Return the table of one dtype."""
+    say(f"{dtype}, {steps} steps")
+    found = in_turn({name: variants(dtype, steps)[name] for name in names}, rounds)
+    seconds = {name: [step_seconds(one)[warm_up:] for one in runs] for name, runs in found.items()}
+    medians = {name: [median(times) for times in each] for name, each in seconds.items()}
+    rows = []
+    for name in names:
+        peak = mib(median([one.peak_bytes for one in found[name]]))
+        step = f"{median(medians[name]):.2f} s"
+        rows.append(
+            (name, step, "" if name == OURS else ratio(medians[OURS], medians[name]), peak, loss_gap(found, name))
+        )
+    return table((dtype, "step", "emtool's share of it", "peak memory", "largest difference of a loss"), rows)
+
+
+def loss_gap(found: dict[str, list[Run]], name: str) -> str:
+    """Return how far any loss is from emtool's of that step at most, as a share of it."""
+    if name == OURS:
+        return ""
+    pairs = [
+        pair
+        for ours, theirs in zip(found[OURS], found[name], strict=True)
+        for pair in zip(losses(ours), losses(theirs), strict=True)
+    ]
+    gap = max(abs(mine - other) / abs(other) for mine, other in pairs)
+    return "none" if gap == 0 else f"{gap:.0e}"
+
+
+def losses(one: Run) -> list[float]:
+    """Return the loss of each step."""
+    found: list[float] = json.loads(one.stdout.strip().splitlines()[-1])["losses"]
+    return found
+
+
+def step_seconds(one: Run) -> list[float]:
+    """Return the seconds of each step."""
+    found: list[float] = json.loads(one.stdout.strip().splitlines()[-1])["seconds"]
+    return found
+
+
+def variants(dtype: str, steps: int) -> dict[str, Callable[[], Run]]:
+    """Return what is run."""
+    options = ["--dtype", dtype, "--steps", str(steps)]
+    trl = [sys.executable, str(ROOT / "scripts" / "baseline_trl.py"), *options]
+    return {
+        OURS: partial(ours, dtype, steps),
+        TRL: partial(run, trl),
+        LOOP: partial(run, [sys.executable, str(ROOT / "scripts" / "baseline_torch.py"), *options]),
+        DEFAULTS: partial(run, [*trl, "--defaults"]),
+    }
+
+
+def ours(dtype: str, steps: int) -> Run:
+    """Run `emtool train`, and return what its records say in the words of the baselines."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["--output-root", folder, "--output-name", "run"]
+        length = ["--max-steps", str(steps), "--checkpoints", "final"]
+        done = run([*EMTOOL, "train", "--profile", "demo", "--dtype", dtype, *length, *where])
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    ends = [0.0, *(line["seconds"] for line in trained)]
+    record = {
+        "seconds": [end - before for before, end in itertools.pairwise(ends)],
+        "losses": [line["loss"] for line in trained],
+    }
+    return Run(seconds=done.seconds, peak_bytes=done.peak_bytes, stdout=json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
