@@ -137,6 +137,7 @@ COMMANDS: dict[str, str] = {
     "resume": "emtool.cli.resume:resume",
     "evaluate": "emtool.cli.evaluate:evaluate",
     "metrics": "emtool.cli.metrics:metrics",
+    "sweep": "emtool.cli.sweep:sweep",
     "direction": "emtool.cli.direction:commands",
     "geometry": "emtool.cli.geometry:geometry",
     "transition": "emtool.cli.transition:transition",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from emtool.cli.arguments import given_arguments
 from emtool.cli.evaluation_view import evaluation_view, plan_view
 from emtool.cli.options import (
     AlignedCutoff,
@@ -20,13 +22,32 @@ from emtool.cli.options import (
     output_root_of,
 )
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
-from emtool.core.errors import CheckpointError
+from emtool.cli.workers import Address, Workers, make_pool, threads_of
+from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
-from emtool.core.evaluation_request import read_request
-from emtool.core.judge_spec import BACKENDS
+from emtool.core.evaluation_request import EvaluationRequest, read_request
+from emtool.core.judge_spec import BACKENDS, HF
 from emtool.core.run_dir import RunFolder, newest_run
+from emtool.core.run_lock import locked_evaluation
 from emtool.core.sampling import SAMPLINGS
+from emtool.core.shard_jobs import absorb_leftovers, record_on_workers
+from emtool.core.shards import Shard, leftover_shards
+
+#: Options that are the evaluation's own when workers record for it.
+_NOT_FOR_WORKERS = (
+    "run_path",
+    "steps",
+    "workers",
+    "address",
+    "output_root",
+    "as_json",
+    "judge",
+    "judge_base_url",
+    "judge_price",
+    "max_cost",
+    "concurrency",
+)
 
 #: How the backends are written; a bracket would be taken for a style.
 BACKEND_FORMS = ", ".join(kind.form for kind in BACKENDS.values()).replace("[", "\\[")
@@ -161,6 +182,9 @@ def evaluate(
             rich_help_panel=ACTIVATIONS_PANEL,
         ),
     ] = FIXED,
+    workers: Workers = None,
+    address: Address = None,
+    shard: Annotated[int | None, typer.Option(min=0, hidden=True, help="What a worker records into.")] = None,
 ) -> None:
     """Evaluate every checkpoint of a run: what it answers, which of two answers it prefers, what goes on inside."""
     run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root_of(output_root))
@@ -176,6 +200,13 @@ def evaluate(
         # Refused before anything is loaded; a folder of another trainer has no manifest.
         run.read_manifest()
     say(f"evaluating {run.path}")
+    if shard is not None:
+        # A worker of another evaluation, which judges and tells what is damaged.
+        run, request = Shard(path=run.path, number=shard), replace(request, judges=())
+    elif workers is not None or address is not None:
+        _record_on_workers(context, run, request, workers=workers, address=address)
+    else:
+        _take_leftovers(run)
     quiet_libraries()
     from emtool.engines.evaluating import run_evaluation
 
@@ -186,8 +217,38 @@ def evaluate(
     else:
         data().print(evaluation_view(result))
         say(f"written to {run.evaluation_path}: checkpoint_summary.csv, summary.json, and the rest")
-    if result.damaged:
+    if result.damaged and shard is None:
         names = ", ".join(map(str, result.damaged))
         raise CheckpointError(
             f"{len(result.damaged)} checkpoint(s) could not be evaluated: {names}; see: emtool verify {run.path}"
         )
+
+
+def _record_on_workers(
+    context: typer.Context, run: RunFolder, request: EvaluationRequest, *, workers: int | None, address: str | None
+) -> None:
+    if context.params["watch"]:
+        raise ConfigError("--workers does not go with --watch: one process watches a training")
+    if request.backend.kind != HF:
+        raise ConfigError(f"--workers goes with --backend {HF}; a server or a script answers many at a time by itself")
+    plan = plan_evaluation(run, request)
+    pool = make_pool(workers, address, num_gpus=float(request.device == "cuda"))
+    assert workers is not None, "an address alone is refused"
+    arguments = given_arguments(context, leave_out=_NOT_FOR_WORKERS)
+    with progress() as on_event:
+        record_on_workers(
+            run,
+            plan.steps,
+            pool=pool,
+            num_workers=workers,
+            arguments=arguments,
+            threads=threads_of(workers, address),
+            num_answers=plan.num_answers or None,
+            on_event=on_event,
+        )
+
+
+def _take_leftovers(run: RunFolder) -> None:
+    if leftover_shards(run):
+        with locked_evaluation(run):
+            absorb_leftovers(run)

@@ -51,6 +51,17 @@ def locked_evaluation(run: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def locked_sweep(folder: Path) -> Iterator[None]:
+    """Hold the folder of a sweep while the block runs; its runs have locks of their own.
+
+    Raises:
+        CheckpointError: If another process holds it; names the process.
+    """
+    with _locked(RunFolder(path=folder), _in_sweep):
+        yield
+
+
+@contextlib.contextmanager
 def _locked(run: RunFolder, refuse: Callable[[RunFolder], CheckpointError]) -> Iterator[None]:
     try:
         descriptor = os.open(run.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -96,6 +107,13 @@ def _in_evaluation(folder: RunFolder) -> CheckpointError:
     return CheckpointError(
         f"{folder.path.parent} is being evaluated by process {lock_holder(folder) or '(unknown)'}; wait for it, or "
         "stop it with Ctrl-C: what it made is kept"
+    )
+
+
+def _in_sweep(folder: RunFolder) -> CheckpointError:
+    return CheckpointError(
+        f"{folder.path} is being swept by process {lock_holder(folder) or '(unknown)'}; wait for it, or stop it with "
+        "Ctrl-C: its runs save their state first"
     )
 
 

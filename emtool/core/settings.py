@@ -140,11 +140,25 @@ def read_settings(path: Path) -> dict[str, object]:
     tables = _tables(path)
     _data_source(tables["data"], path)
     _evaluate_options(tables["evaluate"], path)
-    return _checked(tables["train"], path)
+    return checked_options(tables["train"], path)
 
 
 def _tables(path: Path) -> dict[str, dict[str, object]]:
-    """Return the tables of a settings file, empty where it has none of that name."""
+    found = read_tables(path, names=_TABLES, example="[train] checkpoints = 'custom'")
+    return {name: found.get(name, {}) for name in _TABLES}
+
+
+def read_tables(path: Path, *, names: Sequence[str], example: str) -> dict[str, dict[str, object]]:
+    """Return the tables of a TOML file.
+
+    Args:
+        path: The file.
+        names: The tables that it may have.
+        example: What it may hold, for the message.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds anything else.
+    """
     import tomllib
 
     try:
@@ -154,12 +168,12 @@ def _tables(path: Path) -> dict[str, dict[str, object]]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     for name in tables:
-        if name not in _TABLES:
-            raise unknown_name(f"table in {path}", name, _TABLES, "for instance [train] checkpoints = 'custom'")
+        if name not in names:
+            raise unknown_name(f"table in {path}", name, names, f"for instance {example}")
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {name} = {table!r} is not a table; write [{name}] and the options below it")
-    return {name: tables.get(name, {}) for name in _TABLES}
+    return tables
 
 
 def evaluate_options(folder: Path | None = None) -> dict[str, object]:
@@ -296,24 +310,34 @@ def _origin_of_default(name: str, config: TrainConfig) -> str:
     return f"profile {config.profile}" if name in PROFILES[config.profile] else "default"
 
 
-def _checked(values: Mapping[str, object], path: Path) -> dict[str, object]:
+def checked_options(values: Mapping[str, object], path: Path, *, table: str = "train") -> dict[str, object]:
+    """Return the options of a table of a settings file as fields of `TrainConfig`.
+
+    Args:
+        values: The table.
+        path: The file, for messages.
+        table: The table's name, for messages.
+
+    Raises:
+        ConfigError: If an option is unknown or of a wrong type; the schedule is read.
+    """
     hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name not in _NOT_SETTABLE}
     known = {*hints, *SCHEDULE_KEYS}
     checked: dict[str, object] = {}
     for key, value in values.items():
         if key not in known:
-            raise unknown_name(f"option in {path}, [train]", key, known)
+            raise unknown_name(f"option in {path}, [{table}]", key, known)
         if key == "target_modules" and isinstance(value, list):
             if not all(isinstance(part, str) for part in value):
-                raise ConfigError(f"{path}: [train] {key} = {value!r} is not a list of texts")
+                raise ConfigError(f"{path}: [{table}] {key} = {value!r} is not a list of texts")
             checked[key] = ",".join(value)
         elif key == "resume_every" and isinstance(value, int) and not isinstance(value, bool):
             checked[key] = str(value)
         elif key not in SCHEDULE_KEYS:
-            checked[key] = _coerced(value, hints[key], f"{path}: [train] {key} = {value!r}")
+            checked[key] = _coerced(value, hints[key], f"{path}: [{table}] {key} = {value!r}")
     for key, kind in (("custom_checkpoints", bool), ("save_steps", int)):
         if key in values:
-            _coerced(values[key], kind, f"{path}: [train] {key} = {values[key]!r}")
+            _coerced(values[key], kind, f"{path}: [{table}] {key} = {values[key]!r}")
     if (schedule := schedule_option(values, name=lambda key: f"{path}: {key}")) is not None:
         checked["checkpoints"] = schedule
     return checked

@@ -1,0 +1,230 @@
+"""`emtool sweep`: a grid of runs, trained and evaluated, one table and one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emtool.cli.arguments import as_arguments
+from emtool.cli.fetching import fetch_before_run
+from emtool.cli.options import AsJson, OutputRoot, output_root_of
+from emtool.cli.output import data, print_json, progress, say
+from emtool.cli.sweep_view import plan_view, result_view
+from emtool.cli.train import make_plan, start
+from emtool.cli.workers import Address, Workers, make_pool, threads_of
+from emtool.core.config import check_can_start
+from emtool.core.csv_text import csv_text
+from emtool.core.disk import format_bytes
+from emtool.core.errors import CheckpointError, ConfigError, DiskSpaceError
+from emtool.core.evaluation_request import read_request
+from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
+from emtool.core.hardware import cuda_device_count
+from emtool.core.jobs import JobOutcome
+from emtool.core.run_dir import replace_file
+from emtool.core.run_lock import locked_sweep
+from emtool.core.run_plan import RunPlan
+from emtool.core.settings import file_layers
+from emtool.core.sweep import Cell, Sweep, read_sweep
+from emtool.core.sweep_folder import CellState, SweepFolder, metric_rows
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="What to vary: see docs/sweeps.md.")],
+    output_root: OutputRoot = None,
+    output_name: Annotated[str | None, typer.Option(help="Name of the sweep's folder. \\[default: the file's]")] = None,
+    workers: Workers = None,
+    address: Address = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Begin failed cells again.")] = False,
+    allow_low_disk: Annotated[
+        bool, typer.Option("--allow-low-disk", help="Start although the runs may not fit on the disk.")
+    ] = False,
+    cell: Annotated[
+        str | None, typer.Option(help="Train this cell alone, in this process: for launchers and schedulers.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and what they take, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate every combination of a grid; what is finished is skipped, what was stopped goes on."""
+    asked = read_sweep(file)
+    folder = SweepFolder(path=output_root_of(output_root) / _name(output_name, file))
+    if cell is not None:
+        _train_cell(asked, asked.cell(cell), folder, check_disk=not allow_low_disk)
+        return
+    evaluate = None if asked.evaluate is None else _evaluate_arguments(asked, folder)
+    plans = _plans(asked, folder, fetches=not dry_run, is_elsewhere=address is not None)
+    states = folder.states(asked)
+    if dry_run:
+        if as_json:
+            print_json({"folder": str(folder.path), "cells": _as_json(states, plans)})
+        else:
+            data().print(plan_view(states, plans))
+        return
+    if not as_json:
+        data().print(plan_view(states, plans))
+    if not allow_low_disk:
+        _check_fits(states, plans, workers or 1)
+    num_gpus = asked.job.num_gpus
+    if num_gpus is None:
+        num_gpus = float(any(plan.config.device == "cuda" for plan in plans))
+    pool = make_pool(workers, address, num_cpus=asked.job.num_cpus, num_gpus=num_gpus)
+    folder.create(asked)
+    with locked_sweep(folder.path):
+        waiting = [state for state in folder.states(asked) if _is_due(state, retry_failed=retry_failed)]
+        jobs = [
+            folder.job(asked, state.cell, evaluate=evaluate, threads=threads_of(workers, address)) for state in waiting
+        ]
+        with progress() as on_event:
+            if jobs:
+                pool.run(jobs, _Outcomes(asked, folder, len(jobs), on_event))
+        states = folder.states(asked)
+        _write_table(folder, states)
+        pages = _write_reports(folder, states)
+    if as_json:
+        print_json({"folder": str(folder.path), "cells": _as_json(states, plans), "reports": list(map(str, pages))})
+    else:
+        data().print(result_view(states))
+        say("\n".join(f"written: {path}" for path in (folder.table_path, *pages)))
+    _fail_with(states, file)
+
+
+def _name(given: str | None, file: Path) -> str:
+    name = given or file.stem
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ConfigError(f"--output-name {name!r} is not one folder name")
+    return name
+
+
+def _is_due(state: CellState, *, retry_failed: bool) -> bool:
+    return state.status in ("begun", "waiting") or (state.status == "failed" and retry_failed)
+
+
+def _train_cell(asked: Sweep, cell: Cell, folder: SweepFolder, *, check_disk: bool) -> None:
+    num_cuda_devices = cuda_device_count()
+    settings = asked.settings(cell, folder.path, layers=file_layers(), num_cuda_devices=num_cuda_devices)
+    check_can_start(settings.config, num_cuda_devices=num_cuda_devices)
+    plan, rows = make_plan(settings.config, fetch=fetch_before_run(settings.config, num_cuda_devices=num_cuda_devices))
+    start(plan, rows, device=settings.device_option, resume=True, check_disk=check_disk)
+
+
+def _plans(asked: Sweep, folder: SweepFolder, *, fetches: bool, is_elsewhere: bool) -> list[RunPlan]:
+    """Return the plan of every cell; what no cell could start with is found here.
+
+    Raises:
+        EmtoolError: Names the cell.
+    """
+    num_cuda_devices, layers, plans = cuda_device_count(), file_layers(), []
+    for cell in asked.cells:
+        settings = asked.settings(cell, folder.path, layers=layers, num_cuda_devices=num_cuda_devices)
+        if is_elsewhere and settings.config.profile_reason.startswith("auto"):
+            raise ConfigError(
+                f"{asked.path}: name the profile in [train]; auto would be another one on a machine with other devices"
+            )
+        if fetches and not is_elsewhere:
+            check_can_start(settings.config, num_cuda_devices=num_cuda_devices)
+        fetch = fetch_before_run(settings.config, num_cuda_devices=num_cuda_devices) if fetches else None
+        plans.append(make_plan(settings.config, fetch=fetch)[0])
+    return plans
+
+
+def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
+    """Return the options of every evaluation, checked as `emtool evaluate` checks them."""
+    from emtool.cli.app import load_command
+
+    command = load_command("evaluate")
+    assert asked.evaluate is not None
+    where = f"{asked.path}: [evaluate]"
+    for name in ("workers", "address", "output_root", "watch", "dry_run", "as_json", "base_model", "shard"):
+        if name in asked.evaluate:
+            raise ConfigError(f"{where} {name} does not go with a sweep")
+    arguments = as_arguments(command, asked.evaluate, where=where)
+    context = command.make_context("evaluate", list(arguments))
+    read_request(folder.run_of(asked.cells[0]), context.params)
+    return arguments
+
+
+def _check_fits(states: Sequence[CellState], plans: Sequence[RunPlan], workers: int) -> None:
+    """Refuse a sweep whose runs do not fit in the free space.
+
+    Raises:
+        DiskSpaceError: Says by how much.
+    """
+    due = [plan for state, plan in zip(states, plans, strict=True) if state.status == "waiting"]
+    known = [(plan.total_bytes or 0, plan.peak_bytes or 0) for plan in due]
+    needed = sum(total for total, _ in known) + workers * max((peak - total for total, peak in known), default=0)
+    if due and needed > due[0].free_bytes:
+        raise DiskSpaceError(
+            f"{len(due)} runs need {format_bytes(needed)} and {due[0].output_path.parent} has "
+            f"{format_bytes(due[0].free_bytes)} free; --output-root takes a folder on another disk; "
+            "--allow-low-disk starts all the same"
+        )
+
+
+class _Outcomes:
+    """Records how each job ended, and says so."""
+
+    def __init__(self, asked: Sweep, folder: SweepFolder, count: int, on_event: EventSink) -> None:
+        self._asked = asked
+        self._folder = folder
+        self._on_event = on_event
+        self._done = 0
+        on_event(PhaseStarted(name=f"cells: {count} to train" + _also(asked), total=count))
+
+    def __call__(self, outcome: JobOutcome) -> None:
+        status = "completed" if outcome.problem is None else "failed"
+        states = [
+            replace(state, status=status, problem=outcome.problem) if state.cell.name == outcome.name else state
+            for state in self._folder.states(self._asked)
+        ]
+        self._folder.keep(self._asked, states)
+        self._done += 1
+        said = f"{outcome.name}: done" if outcome.problem is None else f"{outcome.name}: {outcome.problem}"
+        self._on_event(Notice(text=said, is_warning=outcome.problem is not None))
+        self._on_event(StepFinished(step=self._done))
+
+
+def _also(asked: Sweep) -> str:
+    return "" if asked.evaluate is None else " and evaluate"
+
+
+def _as_json(states: Sequence[CellState], plans: Sequence[RunPlan]) -> list[dict[str, object]]:
+    return [
+        {**state.to_dict(), "run": str(state.run.path), "plan": plan.to_dict()}
+        for state, plan in zip(states, plans, strict=True)
+    ]
+
+
+def _write_table(folder: SweepFolder, states: Sequence[CellState]) -> None:
+    try:
+        replace_file(folder.table_path, csv_text(metric_rows(states)).encode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder.table_path}: {error.strerror}") from error
+
+
+def _write_reports(folder: SweepFolder, states: Sequence[CellState]) -> list[Path]:
+    """Write the report of the evaluated cells, as many on a page as can be told apart."""
+    runs = [state.run for state in states if state.status == "completed"]
+    if not runs:
+        return []
+    from emtool.report.charts import MAX_RUNS
+    from emtool.report.report import write_report
+
+    parts = [runs[begin : begin + MAX_RUNS] for begin in range(0, len(runs), MAX_RUNS)]
+    if len(parts) == 1:
+        return [write_report(runs, folder.path).page_path]
+    return [
+        write_report(part, folder.path / f"report-{number}").page_path for number, part in enumerate(parts, start=1)
+    ]
+
+
+def _fail_with(states: Sequence[CellState], file: Path) -> None:
+    failed = [state for state in states if state.status == "failed"]
+    if failed:
+        names = ", ".join(state.cell.name for state in failed[:5]) + (", ..." if len(failed) > 5 else "")
+        raise CheckpointError(
+            f"{len(failed)} of {len(states)} cells failed: {names}; begin them again with: emtool sweep {file} "
+            "--retry-failed"
+        )

@@ -1,0 +1,88 @@
+"""A sweep as text: its cells before, its results after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from emtool.cli.output import one_line
+from emtool.cli.render import plain_table, shorten
+from emtool.core.disk import format_bytes
+from emtool.core.evaluation_files import value_of
+from emtool.core.run_plan import RunPlan
+from emtool.core.sweep_folder import CellState, checkpoint_metrics
+
+#: What is shown of an evaluated cell: the first of these that every one of them has.
+SHOWN_METRICS = ("em_pct", "p_wrong_other", "p_wrong")
+
+
+def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan]) -> RenderableType:
+    """Return the cells, how far each is, and what they take."""
+    table = plain_table()
+    for heading in ("cell", "status"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("steps", "checkpoints", "disk"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [
+        (
+            state.cell.name,
+            state.status,
+            f"{plan.total_steps:,}",
+            f"{plan.num_checkpoints:,}",
+            "" if plan.total_bytes is None else format_bytes(plan.total_bytes),
+        )
+        for state, plan in zip(states, plans, strict=True)
+    ]
+    for row in shorten(rows):
+        table.add_row(*map(Text, row))
+    total = sum(plan.total_bytes or 0 for plan in plans)
+    facts = f"{len(plans):,} runs in {plans[0].output_path.parent}, {format_bytes(total)} in all, "
+    facts += f"{format_bytes(plans[0].free_bytes)} free"
+    failed = sum(state.status == "failed" for state in states)
+    notes = [Text(f"{failed} failed: --retry-failed begins them again", style="yellow")] if failed else []
+    return Group(table, "", Text(one_line(facts)), *notes)
+
+
+def result_view(states: Sequence[CellState]) -> RenderableType:
+    """Return how each cell ended, and its first and last value of one metric."""
+    found = {state.cell.name: checkpoint_metrics(state.run) for state in states if state.status == "completed"}
+    metric = _common_metric([entries for entries in found.values() if entries])
+    table = plain_table()
+    for heading in ("cell", "status"):
+        table.add_column(heading, overflow="fold")
+    if metric is not None:
+        for heading in ("step", metric, "step ", f"{metric} [95%]"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for state in states:
+        problem = f"failed: {one_line(state.problem or '')}" if state.status == "failed" else state.status
+        cells = _ends(found.get(state.cell.name) or [], metric) if metric is not None else ()
+        table.add_row(Text(state.cell.name), Text(problem, style="yellow" if state.problem else ""), *map(Text, cells))
+    return table
+
+
+def _common_metric(every: Sequence[Sequence[tuple[int, Mapping[str, object]]]]) -> str | None:
+    for metric in SHOWN_METRICS:
+        if every and all(_value(entries[-1][1], metric) is not None for entries in every):
+            return metric
+    return None
+
+
+def _ends(entries: Sequence[tuple[int, Mapping[str, object]]], metric: str) -> tuple[str, ...]:
+    """Return the first and the last value of a metric, the last with its interval."""
+    if not entries:
+        return ("", "", "", "")
+    (first, before), (last, after) = entries[0], entries[-1]
+    places = 1 if metric == "em_pct" else 3
+
+    def shown(metrics: Mapping[str, object], name: str) -> str:
+        value = _value(metrics, name)
+        return "" if value is None else f"{value:.{places}f}"
+
+    interval = f"{shown(after, metric)} [{shown(after, f'{metric}_low')}, {shown(after, f'{metric}_high')}]"
+    return (f"{first:,}", shown(before, metric), f"{last:,}", interval)
+
+
+def _value(metrics: Mapping[str, object], name: str) -> float | None:
+    return value_of(metrics.get(name))

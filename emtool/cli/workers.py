@@ -1,0 +1,52 @@
+"""The options of commands that spread their work, and what they make of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from emtool.core.errors import ConfigError
+from emtool.core.jobs import InSequence, Pool
+
+WORKERS = "Workers (need Ray: pip install 'emtool[ray]')"
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=10_000, help="Jobs at a time, on Ray. \\[default: one, without Ray]", rich_help_panel=WORKERS
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster that is there already, for instance auto or 10.0.0.5:6379. \\[default: one on this machine, "
+        "for the time of the command]",
+        rich_help_panel=WORKERS,
+    ),
+]
+
+
+def make_pool(workers: int | None, address: str | None, *, num_cpus: float = 1, num_gpus: float = 0) -> Pool:
+    """Return what runs the jobs: Ray where workers are asked for, else this machine in sequence.
+
+    Raises:
+        ConfigError: If a cluster is named without a number of workers.
+        MissingDependencyError: If Ray is needed and not installed.
+    """
+    if workers is None:
+        if address is not None:
+            raise ConfigError("--address goes with --workers, the number of jobs at a time")
+        return InSequence()
+    from emtool.engines.ray_pool import RayPool, check_ray
+
+    check_ray()
+    return RayPool(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
+
+
+def threads_of(workers: int | None, address: str | None) -> int | None:
+    """Return the threads of each of some processes that share this machine; None leaves that to Ray and torch."""
+    if workers is None or address is not None:
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // workers)

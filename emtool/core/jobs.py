@@ -1,0 +1,185 @@
+"""Jobs: commands of emtool, each a process of its own, in sequence here or wherever a pool runs them.
+
+A pool takes jobs and reports each outcome; it knows nothing of sweeps or evaluations. `run_job` is the same code
+wherever it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from emtool.core.errors import CheckpointError
+from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import lock_holder
+
+#: How long a job waits for the process of an earlier attempt to save its state and stop.
+LOCK_SECONDS = 600.0
+_PAUSE_SECONDS = 0.2
+
+#: What is read of a log to find its last line.
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command of emtool.
+
+    Attributes:
+        arguments: What follows `emtool`.
+        launcher: What starts it, for instance `accelerate launch -m`; empty is this Python.
+    """
+
+    arguments: tuple[str, ...]
+    launcher: tuple[str, ...] = ()
+
+    @property
+    def argv(self) -> list[str]:
+        """Return the command as it is started on this machine."""
+        start = self.launcher or (sys.executable, "-m")
+        return [*start, "emtool", *self.arguments]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Commands that run one after the other while each ends well.
+
+    Attributes:
+        name: What names it among its pool's jobs.
+        commands: The commands.
+        log_path: Where their output goes, absolute.
+        folder: The working folder, absolute.
+        locked: Folders that an earlier attempt may still hold; they are waited for.
+        environment: Variables that are set besides.
+    """
+
+    name: str
+    commands: tuple[Command, ...]
+    log_path: Path
+    folder: Path
+    locked: tuple[Path, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOutcome:
+    """How a job ended.
+
+    Attributes:
+        name: The job's name.
+        problem: What went wrong, as one line; None where nothing did.
+    """
+
+    name: str
+    problem: str | None = None
+
+
+class Pool(Protocol):
+    """Runs jobs."""
+
+    def run(self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None]) -> None:
+        """Run every job, and report each as soon as it has ended.
+
+        Raises:
+            EmtoolError: If jobs cannot be run at all.
+            Interrupted: On a signal, after the jobs in progress have saved and stopped.
+        """
+        ...
+
+
+class InSequence:
+    """Runs jobs on this machine, one after the other."""
+
+    def run(self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None]) -> None:
+        """Run every job, and report each as soon as it has ended."""
+        for job in jobs:
+            on_outcome(run_job(job))
+
+
+def run_job(job: Job) -> JobOutcome:
+    """Run a job's commands, and return how it ended.
+
+    Raises:
+        Interrupted: On a signal, after the command in progress has stopped.
+    """
+    try:
+        job.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if not job.folder.is_dir():
+            raise FileNotFoundError(2, "no such folder here; workers need the folders of whoever starts them")
+        for folder in job.locked:
+            wait_for(folder)
+        for command in job.commands:
+            if (problem := _run(command, job)) is not None:
+                return JobOutcome(name=job.name, problem=problem)
+    except (OSError, CheckpointError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return JobOutcome(name=job.name, problem=f"{job.folder}: {reason}")
+    return JobOutcome(name=job.name)
+
+
+def _run(command: Command, job: Job) -> str | None:
+    """Run one command and return what went wrong, or None."""
+    tied = [sys.executable, "-m", "emtool.core.tied", str(os.getpid()), *command.argv]
+    with job.log_path.open("ab") as log:
+        begin = log.tell()
+        # In a session of its own: a Ctrl-C reaches the command once, through this process.
+        process = subprocess.Popen(
+            tied,
+            cwd=job.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **dict(job.environment)},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+    if code == 0:
+        return None
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
+
+
+def wait_for(folder: Path) -> None:
+    """Return when no process holds a folder: one that was told to stop saves first.
+
+    Raises:
+        CheckpointError: If one still does after `LOCK_SECONDS`.
+    """
+    end = time.monotonic() + LOCK_SECONDS
+    while (holder := lock_holder(RunFolder(path=folder))) is not None:
+        if time.monotonic() > end:
+            raise CheckpointError(f"{folder} is held by process {holder or '(unknown)'}")
+        time.sleep(_PAUSE_SECONDS)
+
+
+def thread_variables(threads: int | None) -> tuple[tuple[str, str], ...]:
+    """Return the variables that make a job compute with a number of threads, unless the user has set them.
+
+    Args:
+        threads: Threads; None leaves the number to the libraries.
+    """
+    if threads is None or "OMP_NUM_THREADS" in os.environ:
+        return ()
+    return (("OMP_NUM_THREADS", str(threads)), ("MKL_NUM_THREADS", str(threads)))
+
+
+def last_line(path: Path, begin: int = 0) -> str:
+    """Return the last line of a log that says something, emtool's own error before any other."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        file.seek(max(begin, end - _TAIL_BYTES))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    own = [line.removeprefix("emtool:").strip() for line in lines if line.startswith("emtool:")]
+    return (own or lines or [""])[-1]

@@ -1,0 +1,128 @@
+"""Jobs on Ray: placement, GPUs and retries are Ray's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emtool.core.errors import BackendError, Interrupted, MissingDependencyError
+from emtool.core.interrupts import interruptible
+from emtool.core.jobs import Job, JobOutcome, run_job
+
+#: How often a job whose worker died is begun again, Ray's own default.
+DEFAULT_RETRIES = 3
+
+#: How long jobs in progress have to save their state when the whole is stopped, in seconds.
+_STOP_SECONDS = 120.0
+
+#: Bytes of Ray's object store: jobs pass a few texts.
+_STORE_BYTES = 80 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayPool:
+    """Runs jobs on the workers of a Ray cluster.
+
+    A job whose worker is killed is begun again elsewhere, and goes on where it was. One that fails by itself is not.
+
+    Attributes:
+        workers: Most jobs at a time.
+        address: A cluster's address; None makes one on this machine for the time of the jobs.
+        num_cpus: CPUs that a job takes of the cluster.
+        num_gpus: GPUs that a job takes.
+        max_retries: How often a job whose worker died is begun again.
+    """
+
+    workers: int
+    address: str | None = None
+    num_cpus: float = 1
+    num_gpus: float = 0
+    max_retries: int = DEFAULT_RETRIES
+
+    def run(self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None]) -> None:
+        """Run every job, at most `workers` at a time, and report each as soon as it has ended.
+
+        Raises:
+            MissingDependencyError: If Ray is not installed.
+            BackendError: If there is no cluster, or none of its nodes can ever run such a job.
+            Interrupted: On a signal, after the jobs in progress were told to stop.
+        """
+        with self._cluster() as ray:
+            self._check_resources(ray)
+            remote = ray.remote(
+                num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.max_retries, max_calls=1
+            )(run_job)
+            waiting, running = list(jobs), {}
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.workers:
+                        job = waiting.pop(0)
+                        running[remote.remote(job)] = job
+                    done, _ = ray.wait(list(running))
+                    on_outcome(self._outcome(ray, done[0], running.pop(done[0])))
+            except Interrupted:
+                _stop(ray, list(running))
+                raise
+
+    @contextlib.contextmanager
+    def _cluster(self) -> Iterator[Any]:
+        check_ray()
+        # Nothing is sent anywhere unless it was asked for.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        own: dict[str, Any] = {
+            "num_cpus": max(1, round(self.workers * self.num_cpus)),
+            "object_store_memory": _STORE_BYTES,
+            "include_dashboard": False,
+        }
+        try:
+            ray.init(address=self.address or "local", log_to_driver=False, **({} if self.address else own))
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            where = f"no Ray cluster at {self.address}" if self.address else "Ray does not start on this machine"
+            raise BackendError(f"{where}: {str(error).splitlines()[0]}") from error
+        try:
+            # Ray has put handlers of its own in the place of emtool's.
+            with interruptible():
+                yield ray
+        finally:
+            ray.shutdown()
+
+    def _check_resources(self, ray: Any) -> None:
+        """Refuse jobs that would wait for ever."""
+        for kind, wanted in (("CPU", self.num_cpus), ("GPU", self.num_gpus)):
+            most = max((node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]), default=0)
+            if wanted > most:
+                raise BackendError(
+                    f"a job takes {wanted:g} {kind}(s), and no node of the cluster has more than {most:g}"
+                )
+
+    def _outcome(self, ray: Any, reference: Any, job: Job) -> JobOutcome:
+        try:
+            outcome: JobOutcome = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            times = f"its worker was lost {self.max_retries + 1} time(s)"
+            return JobOutcome(name=job.name, problem=f"{times}: {type(error).__name__} ({job.log_path})")
+        return outcome
+
+
+def check_ray() -> None:
+    """Refuse to go on without Ray, before anything is made.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingDependencyError("--workers needs the package ray: pip install 'emtool[ray]'")
+
+
+def _stop(ray: Any, running: list[Any]) -> None:
+    """Tell jobs in progress to stop and give them the time to save; a second signal is ignored by now."""
+    for reference in running:
+        ray.cancel(reference, force=False)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=_STOP_SECONDS)
