@@ -144,7 +144,7 @@ def test_an_extra_that_is_missing_is_named_with_its_command(empty: Path, tmp_pat
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "emtool: --report-to wandb needs the package wandb: pip install 'emtool[wandb]', or leave the option out\n"
+        "emtool: --report-to wandb needs the package wandb: pip install 'emtool[wandb]', or use --report-to none\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -28,5 +28,5 @@ def check_reporter(name: str) -> None:
     # wandb leaves a folder of that name wherever it runs, which Python takes for a package without an origin.
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
-            f"--report-to {name} needs the package {name}: pip install 'emtool[{name}]', or leave the option out"
+            f"--report-to {name} needs the package {name}: pip install 'emtool[{name}]', or use --report-to none"
         )

@@ -613,7 +613,7 @@ def test_two_processes_save_stop_and_go_on_together(tiny_model: Path, rows_file:
             [*launch, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    process = launched(*options, "--output-name", "whole")
+    process = launched(*options, "--output-name", "whole", "--report-to", "tensorboard")
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert output.count("checkpoint-180") == 1, "one process reports"
@@ -621,6 +621,7 @@ def test_two_processes_save_stop_and_go_on_together(tiny_model: Path, rows_file:
     manifest: Any = whole_run.read_manifest()
     assert (manifest["plan"]["num_processes"], manifest["plan"]["total_steps"]) == (2, 180)
     assert whole_run.saved_steps() == [0, 20, 60, 180]
+    assert len(list((whole_run.path / "tensorboard").iterdir())) == 1, "one process shows the curves"
 
     process = launched(*options, "--output-name", "stopped")
     run = RunFolder(path=tmp_path / "stopped")
