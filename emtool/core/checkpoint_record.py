@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from emtool.core.errors import CheckpointError
 from emtool.core.run_dir import FORMAT
@@ -20,6 +22,11 @@ MAX_RECORD_BYTES = 1 << 20
 _MAX_COUNT = 2**53
 #: What file systems allow for one part of a path.
 _MAX_NAME_BYTES = 255
+#: Parts of a path that name nothing, or lead elsewhere.
+_NO_NAMES = ("", ".", "..")
+#: What the names of nearly all files match, so that each need not be taken apart.
+_USUAL_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +59,7 @@ def read_record(folder: Path) -> CheckpointRecord:
     if folder.is_symlink():
         raise CheckpointError(f"{folder} is a link and is not used; put the folder itself in its place")
     try:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_RECORD_BYTES:
-            raise CheckpointError(f"{folder} is damaged: {path.name} is not a regular file or absurdly large")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(_read_regular(path).decode("utf-8"))
         if type(values["format"]) is not int or values["format"] != FORMAT:
             raise CheckpointError(f"{path} is not of format {FORMAT}; use the emtool that wrote it")
         if values[RECORD_HASH] != record_sha256(values):
@@ -73,9 +77,29 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error
 
 
+def _read_regular(path: Path) -> bytes:
+    """Return the contents of a record, which may be a link, a pipe that would be waited for, or endless.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        descriptor = None
+    if descriptor is not None:
+        with open(descriptor, "rb", buffering=0) as file:
+            found = os.fstat(descriptor)
+            if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_RECORD_BYTES:
+                return file.read(MAX_RECORD_BYTES)
+    raise CheckpointError(f"{path.parent} is damaged: {path.name} is not a regular file or absurdly large")
+
+
 def _file(entry: Mapping[str, object]) -> FileRecord:
     sha256 = _text(entry["sha256"])
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
+    if not _SHA256.fullmatch(sha256):
         raise ValueError(f"{sha256!r:.80} is not a SHA-256")
     return FileRecord(bytes=_count(entry["bytes"]), sha256=sha256)
 
@@ -93,8 +117,10 @@ def _text(value: object) -> str:
 
 
 def _file_name(path: Path, name: str) -> str:
-    parts = PurePosixPath(name).parts
-    is_plain = bool(parts) and "/".join(parts) == name and ".." not in parts and name.isprintable()
+    if _USUAL_NAME.fullmatch(name):
+        return name
+    parts = name.split("/")
+    is_plain = not any(part in _NO_NAMES for part in parts) and name.isprintable()
     if not is_plain or any(len(part.encode("utf-8")) > _MAX_NAME_BYTES for part in parts):
         raise CheckpointError(f"{path} names {name!r:.80}, which is not a file of this folder")
     return name

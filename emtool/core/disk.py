@@ -35,11 +35,17 @@ def folder_bytes(path: Path) -> int:
     What another process removes meanwhile is not counted.
     """
     sizes: dict[tuple[int, int], int] = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                found = Path(folder, name).stat()
-                sizes[found.st_dev, found.st_ino] = found.st_size
+    folders = [os.fspath(path)]
+    while folders:
+        # As with os.walk, a folder that cannot be listed is passed over.
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif not entry.is_dir():
+                        found = entry.stat()
+                        sizes[found.st_dev, found.st_ino] = found.st_size
     return sum(sizes.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,24 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         DataError: If it cannot be read.
     """
+    return list(iter_rows(path))
+
+
+def iter_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table of numbers one by one, for tables with a row for each item, question or layer.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     if path.exists() and not path.is_file():
         raise DataError(f"cannot read {path}: it is no file")
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         # As a spreadsheet saves it, there may be a mark of the byte order before the header.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return [dict(row) for row in csv.DictReader(file)]
+            yield from csv.DictReader(file)
     except FileNotFoundError:
-        return []
+        return
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     finally:
@@ -54,7 +64,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def number(cell: object) -> float | None:
     """Return the finite number that a cell or a JSON value is, or None."""
-    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+    # Nearly all are texts of a table, and there may be a million of them.
+    if type(cell) is not str and (isinstance(cell, bool) or not isinstance(cell, str | int | float)):
         return None
     try:
         value = float(cell)

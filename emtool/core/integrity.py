@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from emtool.core.checkpoint_record import CheckpointRecord, read_record
 from emtool.core.errors import CheckpointError
@@ -149,9 +150,9 @@ def _reached(run: RunFolder, manifest: Mapping[str, object]) -> int:
 
 
 def _recorded_milestones(run: RunFolder) -> Iterator[int]:
-    for record in run.read_metrics():
+    for record in run.read_metrics(naming="saved"):
         step = record.get("step")
-        if type(step) is int and record.get("saved") == run.checkpoint_path(step).name:
+        if type(step) is int and record.get("saved") == f"checkpoint-{step}":
             yield step
 
 
@@ -185,21 +186,23 @@ def _check_no_strays(folder: Path, record: CheckpointRecord) -> None:
 
 
 def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) -> None:
-    path = folder
-    for part in PurePosixPath(name).parts:
-        path = path / part
-        if path.is_symlink():
+    # Thousands of checkpoints have tens of thousands of files: one look at each, and no object for its path.
+    path, found = os.fspath(folder), None
+    for part in name.split("/"):
+        path = f"{path}/{part}"
+        try:
+            found = os.lstat(path)
+        except OSError:
+            found = None
+            break
+        if stat.S_ISLNK(found.st_mode):
             raise CheckpointError(f"{folder / RECORD_NAME} names {name!r}, which is not a file of this folder")
-    try:
-        found = path.stat()
-    except OSError:
-        found = None
     if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != expected.bytes:
         raise CheckpointError(f"{folder} is damaged: {name} is missing or does not have {expected.bytes} bytes")
     if not hashes:
         return
     try:
-        contents = file_record(path)
+        contents = file_record(folder / name)
     except OSError as error:
         raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
     if contents != expected:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 
 #: Draws that a bootstrap holds at once; bounds its memory, and does not change what is drawn.
 MAX_DRAWS = 4_000_000
+#: Draws that are kept for the next checkpoint, which has the same.
+MAX_KEPT_DRAWS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +67,25 @@ def bootstrap_mean(values: Sequence[float], *, seed: int) -> Estimate:
 
     assert values, "an estimate needs at least one item"
     scores = np.asarray(values, dtype=np.float64)
-    random = np.random.default_rng(seed)
-    sizes = chunk_sizes(RESAMPLES, most=max(1, MAX_DRAWS // len(scores)))
-    means = [scores[random.integers(0, len(scores), size=(size, len(scores)))].mean(axis=1) for size in sizes]
+    draws = _draws if RESAMPLES * len(scores) <= MAX_KEPT_DRAWS else _draws.__wrapped__
+    means = [scores[drawn].mean(axis=1) for drawn in draws(len(scores), seed)]
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value=float(scores.mean()), low=float(low), high=float(high), n=len(scores))
+
+
+@lru_cache(maxsize=8)
+def _draws(num_items: int, seed: int) -> Iterable[NDArray[Any]]:
+    """Return which items each resample holds, as arrays of shape (resamples, items).
+
+    All checkpoints draw alike, so what fits in one array is drawn once; called without the cache, for many items, it
+    holds a part at a time.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    sizes = chunk_sizes(RESAMPLES, most=max(1, MAX_DRAWS // num_items))
+    parts = (random.integers(0, num_items, size=(size, num_items)) for size in sizes)
+    return list(parts) if len(sizes) == 1 else parts
 
 
 def bootstrap_difference(values: Sequence[float], baseline: Sequence[float], *, seed: int) -> Estimate:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from emtool.core.metrics import LEVEL, MAX_DRAWS, RESAMPLES, Estimate, chunk_sizes
+from emtool.core.metrics import LEVEL, MAX_DRAWS, MAX_KEPT_DRAWS, RESAMPLES, Estimate, chunk_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,16 +39,32 @@ class Resamples:
         values = {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
         sums = [np.bincount(self._clusters, weights=column) for column in values.values()]
         num_clusters = len(self._sizes)
-        random = np.random.default_rng(self._seed)
-        parts: list[NDArray[Any]] = []
-        for size in chunk_sizes(RESAMPLES, most=max(1, MAX_DRAWS // num_clusters)):
-            weights = random.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
-            parts.append(np.stack([weights @ row for row in sums]) / (weights @ self._sizes))
+        draws = _draws if RESAMPLES * num_clusters <= MAX_KEPT_DRAWS else _draws.__wrapped__
+        parts: list[NDArray[Any]] = [
+            np.stack([weights @ row for row in sums]) / (weights @ self._sizes)
+            for weights in draws(num_clusters, self._seed)
+        ]
         ends = np.quantile(np.concatenate(parts, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
         return {
             name: _estimate(column, low=float(low), high=float(high))
             for (name, column), low, high in zip(values.items(), *ends, strict=True)
         }
+
+
+@lru_cache(maxsize=8)
+def _draws(num_clusters: int, seed: int) -> Iterable[NDArray[Any]]:
+    """Return how often each resample holds each cluster, as arrays of shape (resamples, clusters).
+
+    All checkpoints draw alike, so what fits in one array is drawn once; called without the cache, for many clusters, it
+    holds a part at a time.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    even = np.full(num_clusters, 1 / num_clusters)
+    sizes = chunk_sizes(RESAMPLES, most=max(1, MAX_DRAWS // num_clusters))
+    parts = (random.multinomial(num_clusters, even, size=size).astype(np.float64) for size in sizes)
+    return list(parts) if len(sizes) == 1 else parts
 
 
 def _estimate(column: NDArray[Any], *, low: float, high: float) -> Estimate:

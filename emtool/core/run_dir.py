@@ -155,13 +155,16 @@ class RunFolder:
         except OSError as error:
             raise self.write_error(error, "writing metrics.jsonl") from error
 
-    def read_metrics(self) -> list[Mapping[str, object]]:
+    def read_metrics(self, *, naming: str = "") -> list[Mapping[str, object]]:
         """Return the records of `metrics.jsonl` that can be read.
+
+        Args:
+            naming: Only those that hold this key, or say this word elsewhere; others are not taken apart.
 
         Raises:
             CheckpointError: If the file cannot be read.
         """
-        return [record for _, record in self._metrics_lines() if record is not None]
+        return [record for _, record in self._metrics_lines(naming.encode("ascii")) if record is not None]
 
     def keep_metrics(self, is_kept: Callable[[Mapping[str, object]], bool]) -> int:
         """Drop the records of `metrics.jsonl` that are not to be kept, a torn last line, and those that are damaged.
@@ -180,13 +183,13 @@ class RunFolder:
             raise CheckpointError(f"cannot cut {self.metrics_path} after the resumed step: {error}") from error
         return sum(record is None for line, record in lines if line.endswith(b"\n"))
 
-    def _metrics_lines(self) -> list[tuple[bytes, Mapping[str, object] | None]]:
-        """Return each line and its record; None for one that is torn or damaged."""
+    def _metrics_lines(self, word: bytes = b"") -> list[tuple[bytes, Mapping[str, object] | None]]:
+        """Return each line with a word in it and its record; None for one that is torn or damaged."""
         try:
             lines = self.metrics_path.read_bytes().splitlines(keepends=True) if self.metrics_path.exists() else []
         except OSError as error:
             raise CheckpointError(f"cannot read {self.metrics_path}: {error.strerror}") from error
-        return [(line, _record(line)) for line in lines]
+        return [(line, _record(line)) for line in lines if word in line]
 
     def make_resume_folder(self) -> None:
         """Make the folder of states, if it is not there, and force its name to disk."""
@@ -241,8 +244,8 @@ def saves_states_of(manifest: Mapping[str, object]) -> bool:
 def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     if not folder.is_dir():
         return []
-    matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
+    with os.scandir(folder) as entries:
+        return sorted(int(match[1]) for entry in entries if (match := pattern.fullmatch(entry.name)) and entry.is_dir())
 
 
 def _record(line: bytes) -> Mapping[str, object] | None:

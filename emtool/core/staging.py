@@ -28,6 +28,9 @@ STAGING_SUFFIX = ".staging"
 
 _BUFFER_BYTES = 1 << 20
 
+#: Made once: a run may have thousands of records.
+_SORTED = json.JSONEncoder(sort_keys=True, allow_nan=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
@@ -152,8 +155,7 @@ def record_sha256(values: Mapping[str, object]) -> str:
         ValueError: If it holds a number that is not finite.
     """
     others = {key: value for key, value in values.items() if key != RECORD_HASH}
-    text = json.dumps(others, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    return hashlib.sha256(_SORTED.encode(others).encode("ascii")).hexdigest()
 
 
 def staging_path(target: Path) -> Path:

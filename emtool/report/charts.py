@@ -80,6 +80,7 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
     axis = alt.Axis(tickCount=10, format=",d", labelFlush=False)
     step = alt.X("step:Q", title="optimizer step", scale=alt.Scale(domain=[0, last], nice=False), axis=axis)
     value = alt.Y("value:Q", title=chart.unit, scale=alt.Scale(zero=False))
+    saved = {run.name: frozenset(run.saved_steps) for run in runs}
     rows = [
         {
             "run": run.name,
@@ -88,7 +89,7 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
             **({} if point.low is None else {"low": point.low, "high": point.high}),
             **({} if point.n is None else {"n": point.n}),
             **({} if point.control is None else {"least": point.control[0], "most": point.control[1]}),
-            "is_saved": chart.source != TRAINING_LOG or point.step in run.saved_steps,
+            "is_saved": chart.source != TRAINING_LOG or point.step in saved[run.name],
         }
         for run in runs
         for point in _drawn_points(name, chart, run)

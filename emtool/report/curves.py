@@ -82,12 +82,13 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
     """
     found: dict[int, Point] = {}
     for row in rows:
-        step, value = count_of(row.get("step")), value_of(row.get(column))
-        if step is None or value is None:
+        if (value := value_of(row.get(column))) is None or (step := count_of(row.get("step"))) is None:
             continue
         low, high = (value_of(row.get(f"{column}_{end}")) for end in ("low", "high"))
         has_interval = low is not None and high is not None
-        least, most = (value_of(row.get(f"{control}_{end}")) for end in ("low", "high"))
+        least = most = None
+        if control is not None:
+            least, most = (value_of(row.get(f"{control}_{end}")) for end in ("low", "high"))
         found[step] = Point(
             step=step,
             value=value,
@@ -102,7 +103,8 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
 def gaps_of(rows: Iterable[Mapping[str, object]], column: str, points: Sequence[Point]) -> list[int]:
     """Return the steps within a curve at which a row has no finite number: a line must not bridge them."""
     there = {point.step for point in points}
-    steps = {step for row in rows if column in row and (step := count_of(row.get("step"))) is not None} - there
+    without = (row for row in rows if column in row and value_of(row[column]) is None)
+    steps = {step for row in without if (step := count_of(row.get("step"))) is not None} - there
     return sorted(step for step in steps if points[0].step < step < points[-1].step)
 
 

@@ -17,7 +17,7 @@ from emtool.core.evaluation_files import (
     count_of,
     first_judge_of,
     number,
-    read_rows,
+    iter_rows,
     read_summary,
     settings_of,
 )
@@ -138,8 +138,11 @@ class _Reader:
     def table(self, name: str) -> list[dict[str, str]]:
         """Return a table of the evaluation folder; empty where it is not there or cannot be read."""
         if name not in self._tables:
+            layer = str(self.projection_layer)
             try:
-                self._tables[name] = read_rows(self.run.evaluation_path / name)
+                rows = iter_rows(self.run.evaluation_path / name)
+                # A row for each layer at each checkpoint: only those of one layer are drawn.
+                self._tables[name] = [row for row in rows if name != PROJECTION_TABLE or row.get("layer") == layer]
             except DataError as error:
                 self.problems.append(str(error))
                 self._tables[name] = []
@@ -147,11 +150,7 @@ class _Reader:
 
     def rows_of(self, source: str) -> Sequence[Mapping[str, object]]:
         """Return the rows of a chart's source."""
-        if source == TRAINING_LOG:
-            return self.training_log
-        if source == PROJECTION_TABLE:
-            return [row for row in self.table(source) if row.get("layer") == str(self.projection_layer)]
-        return self.table(source)
+        return self.training_log if source == TRAINING_LOG else self.table(source)
 
     def curves(self) -> dict[str, list[Point]]:
         found = {
@@ -268,8 +267,9 @@ def _with_problems(found: ReportRun, reader: _Reader) -> ReportRun:
     evaluated |= {answer.step for answer in found.answers if answer.step is not None}
     if evaluated and (left := [str(step) for step in found.saved_steps if step not in evaluated]):
         problems.append(f"checkpoints that were not evaluated: {', '.join(left)}; emtool evaluate {found.run.path}")
-    planned = _at(reader.manifest, "plan", "planned_steps")
-    if isinstance(planned, list) and (gone := [str(step) for step in planned if step not in found.saved_steps]):
+    planned, saved = _at(reader.manifest, "plan", "planned_steps"), frozenset(found.saved_steps)
+    planned = planned if isinstance(planned, list) else []
+    if gone := [str(step) for step in planned if not (isinstance(step, int) and step in saved)]:
         problems.append(f"checkpoints that are planned and not on disk: {', '.join(gone)}")
     damaged = reader.summary.get("damaged")
     for entry in damaged if isinstance(damaged, list) else []:
