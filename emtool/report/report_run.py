@@ -16,8 +16,8 @@ from emtool.core.evaluation_files import (
     TRANSITION_SUMMARY,
     count_of,
     first_judge_of,
-    number,
     iter_rows,
+    number,
     read_summary,
     settings_of,
 )
