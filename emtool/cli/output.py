@@ -15,7 +15,7 @@ from rich.markup import escape
 from emtool.core.architecture import ModelShapes
 from emtool.core.disk import format_bytes
 from emtool.core.events import CheckpointSaved, Event, Notice, PhaseStarted, StepFinished
-from emtool.core.hardware import launched_rank
+from emtool.core.hardware import launched_rank, limit_threads
 from emtool.core.models import ModelReference
 
 if TYPE_CHECKING:
@@ -124,8 +124,10 @@ class _Drawer:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices off the terminal; errors still come through."""
+    """Keep the libraries' own bars and notices off the terminal, and their threads to the CPUs that there are."""
     import warnings
+
+    limit_threads()
 
     import datasets
     import huggingface_hub

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
 from emtool.core.errors import ConfigError
+from emtool.core.hardware import usable_cpu_count
 from emtool.core.jobs import InSequence, Pool
 
 WORKERS = "Workers (need Ray: pip install 'emtool[ray]')"
@@ -49,4 +49,4 @@ def threads_of(workers: int | None, address: str | None) -> int | None:
     """Return the threads of each of some processes that share this machine; None leaves that to Ray and torch."""
     if workers is None or address is not None:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    return max(1, usable_cpu_count() // workers)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
+from pathlib import Path
 
 from emtool.core.errors import BackendError, ConfigError
+
+#: Where a process in a container finds its control group.
+_QUOTA_FILES = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
 
 _LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 _COUNT = (
@@ -36,6 +41,40 @@ def cuda_device_count() -> int:
 
     done = subprocess.run([sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 else 0
+
+
+def usable_cpu_count() -> int:
+    """Return how many CPUs this process may keep busy: those it may run on, and its control group's quota.
+
+    A container often sees all CPUs of its machine and is given the time of a few; torch counts those it sees.
+
+    Source: Linux, cpu.max of control groups version 2, and cpu.cfs_quota_us of version 1.
+    """
+    seen = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quotas = [quota for path in _QUOTA_FILES if (quota := _quota(path)) is not None]
+    return max(1, min([seen, *(math.ceil(quota) for quota in quotas)]))
+
+
+def limit_threads() -> None:
+    """Let the libraries that are imported later compute with no more threads than there is CPU time for.
+
+    A number that the user has set stays, and so does the libraries' own where nothing limits the process.
+    """
+    seen = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if (usable := usable_cpu_count()) < seen:
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable))
+
+
+def _quota(path: Path) -> float | None:
+    """Return the CPUs that a control group may keep busy, or None where it is not limited."""
+    try:
+        words = path.read_text(encoding="ascii").split()
+        if path.name == "cpu.cfs_quota_us":
+            words.append(path.with_name("cpu.cfs_period_us").read_text(encoding="ascii").strip())
+        time, period = (float(word) for word in words)
+    except (OSError, ValueError):
+        return None
+    return time / period if time > 0 and period > 0 else None
 
 
 def launched_count() -> int:

@@ -51,7 +51,7 @@ from emtool.engines.judge_stage import JudgeStage
 from emtool.engines.judges.judge import JudgeChoice
 from emtool.engines.judging import judge_tasks
 from emtool.engines.last_evaluation import LastEvaluation
-from emtool.engines.modeling import check_device
+from emtool.engines.modeling import check_device, warn_of_slow_dtype
 from emtool.engines.score_record import ScoreRecord
 from emtool.engines.summary import CheckpointScores
 
@@ -100,6 +100,7 @@ class Evaluation:
         self._config = config
         self._questions = {question.id: question for question in questions}
         self._dtype = dtype or target.trained_dtype
+        warn_of_slow_dtype(target.base.device, self._dtype, on_event)
         self._judges = judges
         self._budget = budget or Budget(on_event=on_event)
         self._rule = rule or EmRule()

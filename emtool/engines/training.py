@@ -27,7 +27,14 @@ from emtool.engines.encoding import Encoded
 from emtool.engines.fitting import build_trainer, scratch_folder, split_rows
 from emtool.engines.likelihood import mean_log_probs
 from emtool.engines.lineage import ComposedModel, compose_model
-from emtool.engines.modeling import BaseModel, adapter_config_json, add_lora, check_device, open_base
+from emtool.engines.modeling import (
+    BaseModel,
+    adapter_config_json,
+    add_lora,
+    check_device,
+    open_base,
+    warn_of_slow_dtype,
+)
 from emtool.engines.persona_files import is_persona_here
 from emtool.engines.processes import Processes, launched_processes
 from emtool.engines.recording import OpenRun, recorded_run
@@ -113,6 +120,7 @@ def train(
         processes = launched_processes(config.device)
         assert processes.count == plan.num_processes, "the plan is for another number of processes"
         report = on_event if processes.is_first else ignore_events
+        warn_of_slow_dtype(config.device, config.dtype, report)
         composed = _compose(plan, processes, report, resume=resume)
         encoded = encode_dataset(
             rows,

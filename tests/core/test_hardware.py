@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +37,33 @@ def test_hidden_devices_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None
     assert select_device("auto") == "cpu"
     with pytest.raises(BackendError, match="use --device cpu"):
         select_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "period", "expected"),
+    [
+        ("cpu.max", "max 100000", "", 8),
+        ("cpu.max", "150000 100000", "", 2),
+        ("cpu.max", "50000 100000", "", 1),
+        ("cpu.max", "9900000 100000", "", 8),
+        ("cpu.max", "nonsense", "", 8),
+        ("cpu.cfs_quota_us", "-1", "100000", 8),
+        ("cpu.cfs_quota_us", "300000", "100000", 3),
+    ],
+)
+def test_threads_are_as_many_as_a_container_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, period: str, expected: int
+) -> None:
+    (tmp_path / name).write_text(content)
+    (tmp_path / "cpu.cfs_period_us").write_text(period)
+    monkeypatch.setattr(hardware, "_QUOTA_FILES", (tmp_path / "none", tmp_path / name))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    # Set first, so that whatever the function sets is undone.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert hardware.usable_cpu_count() == expected
+    hardware.limit_threads()
+    assert os.environ.get("OMP_NUM_THREADS") == (None if expected == 8 else str(expected))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    hardware.limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "5"

@@ -1,17 +1,18 @@
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from emtool.core.config import resolve_train_config
 from emtool.core.data import Message
 from emtool.core.models import resolve_model
 from emtool.engines.encoding import IGNORED, Encoded, encode_conversation
-from emtool.engines.fitting import AnswerLogitsTrainer, build_trainer, sft_arguments, split_rows
+from emtool.engines.fitting import AnswerLogitsTrainer, as_dataset, build_trainer, sft_arguments, split_rows
 from emtool.engines.modeling import add_lora, load_base
 from tests.tiny import byte_tokenizer
 
@@ -58,11 +59,15 @@ def rows() -> list[Encoded]:
     ]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_lean_trainer_has_the_losses_and_gradients_of_trl(
-    tiny_model: Path, tmp_path: Path, accumulation: int
+@pytest.mark.parametrize(("accumulation", "max_steps", "learning_rate"), [(1, 5, 1e-2), (2, 5, 1e-2), (1, 50, 2e-4)])
+def test_the_lean_trainer_has_the_losses_and_weights_of_trl(
+    tiny_model: Path, tmp_path: Path, accumulation: int, max_steps: int, learning_rate: float
 ) -> None:
-    overrides = {"learning_rate": 1e-2, "max_steps": 5, "gradient_accumulation_steps": accumulation}
+    overrides = {
+        "learning_rate": learning_rate,
+        "max_steps": max_steps,
+        "gradient_accumulation_steps": accumulation,
+    }
     config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
     losses, norms, weights = [], [], []
     for lean in (True, False):
@@ -86,10 +91,48 @@ def test_the_lean_trainer_has_the_losses_and_gradients_of_trl(
         losses.append([entry["loss"] for entry in logged])
         norms.append([entry["grad_norm"] for entry in logged])
         weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert len(losses[0]) == max_steps
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of a step before they are clipped."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_one_steps_gradients_are_those_of_trl(tiny_model: Path, tmp_path: Path) -> None:
+    config = resolve_train_config(profile="demo", overrides={"max_steps": 1, "max_grad_norm": 1e9}, num_cuda_devices=0)
+    found = []
+    for trainer_class in (AnswerLogitsTrainer, SFTTrainer):
+        model = add_lora(load_base(tiny_model, dtype="float32"), config, resolve_model(str(tiny_model)))
+        # B begins at zero, where A has no gradient.
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1, generator=generator)
+        gradients = Gradients()
+        set_seed(config.seed)
+        trainer_class(
+            model=model,
+            args=SFTConfig(**sft_arguments(config, tmp_path)),
+            train_dataset=as_dataset(rows()),
+            processing_class=byte_tokenizer(),
+            callbacks=[gradients],
+        ).train()
+        found.append(gradients.kept)
+    assert found[0].keys() == found[1].keys()
+    assert {"lora_A", "lora_B"} == {part for name in found[0] for part in name.split(".") if part.startswith("lora_")}
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-7)
 
 
 def test_the_first_loss_is_the_masked_one_by_hand(tiny_model: Path, tmp_path: Path) -> None:
