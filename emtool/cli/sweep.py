@@ -61,10 +61,10 @@ def sweep(
         if as_json:
             print_json({"folder": str(folder.path), "cells": _as_json(states, plans)})
         else:
-            data().print(plan_view(states, plans))
+            data().print(plan_view(states, plans, launcher=asked.job.launcher))
         return
     if not as_json:
-        data().print(plan_view(states, plans))
+        data().print(plan_view(states, plans, launcher=asked.job.launcher))
     if not allow_low_disk:
         _check_fits(states, plans, workers or 1)
     num_gpus = asked.job.num_gpus

@@ -18,8 +18,14 @@ from emtool.core.sweep_folder import CellState, checkpoint_metrics
 SHOWN_METRICS = ("em_pct", "p_wrong_other", "p_wrong")
 
 
-def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan]) -> RenderableType:
-    """Return the cells, how far each is, and what they take."""
+def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan], *, launcher: Sequence[str] = ()) -> RenderableType:
+    """Return the cells, how far each is, and what they take.
+
+    Args:
+        states: The cells.
+        plans: Their plans.
+        launcher: What starts the training of each.
+    """
     table = plain_table()
     for heading in ("cell", "status"):
         table.add_column(heading, overflow="fold")
@@ -42,6 +48,9 @@ def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan]) -> Renderab
     facts += f"{format_bytes(plans[0].free_bytes)} free"
     failed = sum(state.status == "failed" for state in states)
     notes = [Text(f"{failed} failed: --retry-failed begins them again", style="yellow")] if failed else []
+    if launcher:
+        text = f"started by {one_line(' '.join(launcher))}: several processes take fewer steps than are counted here"
+        notes.append(Text(text, style="dim"))
     return Group(table, "", Text(one_line(facts)), *notes)
 
 

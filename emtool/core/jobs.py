@@ -136,7 +136,7 @@ def _run(command: Command, job: Job) -> str | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **dict(job.environment)},
+            env=_environment(job),
             start_new_session=True,
         )
         try:
@@ -149,6 +149,12 @@ def _run(command: Command, job: Job) -> str | None:
         return None
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Return the variables of a job: launchers that were installed with emtool are found without its activation."""
+    path = os.pathsep.join(filter(None, (str(Path(sys.executable).parent), os.environ.get("PATH"))))
+    return {**os.environ, "PATH": path, **dict(job.environment)}
 
 
 def wait_for(folder: Path) -> None:
