@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from emtool.core.disk import format_bytes
 from emtool.core.errors import CheckpointError, ConfigError, DiskSpaceError, EmtoolError, PointedError
 from emtool.core.evaluation_request import read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
+from emtool.core.finished import changed_settings
 from emtool.core.hardware import cuda_device_count
 from emtool.core.jobs import JobOutcome
 from emtool.core.run_dir import replace_file
@@ -29,7 +29,7 @@ from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
 from emtool.core.settings import Settings, file_layers
 from emtool.core.sweep import Cell, Sweep, read_sweep
-from emtool.core.sweep_folder import CellState, Status, SweepFolder, metric_rows
+from emtool.core.sweep_folder import CellState, SweepFolder, metric_rows
 
 
 def sweep(
@@ -65,6 +65,7 @@ def sweep(
         return
     if not as_json:
         data().print(plan_view(states, plans, launcher=asked.job.launcher))
+    _check_unchanged(states, plans)
     if not allow_low_disk:
         _check_fits(states, plans, workers or 1)
     num_gpus = asked.job.num_gpus
@@ -153,6 +154,22 @@ def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
     return arguments
 
 
+def _check_unchanged(states: Sequence[CellState], plans: Sequence[RunPlan]) -> None:
+    """Refuse a sweep whose cells are there with other settings: their results would stand under the new ones.
+
+    Raises:
+        CheckpointError: Names the first of them.
+    """
+    for state, plan in zip(states, plans, strict=True):
+        if not state.run.manifest_path.exists():
+            continue
+        if changes := changed_settings(state.run.read_manifest(), plan):
+            raise CheckpointError(
+                f"{state.run.path} holds a run of another configuration: {'; '.join(changes)}; choose another "
+                "--output-name for the sweep, or remove the run"
+            )
+
+
 def _check_fits(states: Sequence[CellState], plans: Sequence[RunPlan], workers: int) -> None:
     """Refuse a sweep whose runs do not fit in the free space.
 
@@ -181,12 +198,7 @@ class _Outcomes:
         on_event(PhaseStarted(name=f"cells: {count} to train" + _also(asked), total=count))
 
     def __call__(self, outcome: JobOutcome) -> None:
-        status: Status = "completed" if outcome.problem is None else "failed"
-        states = [
-            replace(state, status=status, problem=outcome.problem) if state.cell.name == outcome.name else state
-            for state in self._folder.states(self._asked)
-        ]
-        self._folder.keep(self._asked, states)
+        self._folder.keep(self._asked, outcome)
         self._done += 1
         said = f"{outcome.name}: done" if outcome.problem is None else f"{outcome.name}: {outcome.problem}"
         self._on_event(Notice(text=said, is_warning=outcome.problem is not None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from emtool.core.config import HOUSEKEEPING
@@ -12,6 +12,9 @@ from emtool.core.errors import CheckpointError, EmtoolError
 from emtool.core.run_dir import RunFolder, free_name
 from emtool.core.run_lock import in_use, lock_holder
 from emtool.core.run_plan import RunPlan
+
+#: Settings that a plan has under their whole names.
+_NAMES = ("model", "dataset")
 
 
 def finished_run(plan: RunPlan, *, resume: bool = False) -> RunFolder | None:
@@ -54,22 +57,35 @@ def is_completed(path: Path) -> bool:
         return False
 
 
+def changed_settings(manifest: Mapping[str, object], plan: RunPlan) -> list[str]:
+    """Return what differs between the settings of a manifest's run and a plan's, however many processes train it."""
+    before, now = _comparable(manifest.get("config")), _comparable(plan.config.to_dict())
+    names = [name for name in sorted({*before, *now}) if name not in _NAMES]
+    changes = [
+        f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)
+    ]
+    return changes + list(_changed_plan(manifest, plan, _NAMES))
+
+
 def _changes(manifest: Mapping[str, object], plan: RunPlan) -> Iterator[str]:
     """Yield what differs between the run of a manifest and a plan."""
-    before, now = _comparable(manifest.get("config")), _comparable(plan.config.to_dict())
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name) and name not in ("model", "dataset"):
-            yield f"{name} was {before.get(name)}, is {now.get(name)}"
-    planned = manifest.get("plan")
-    for name in ("model", "dataset", "total_steps", "planned_steps", "num_processes"):
-        old, new = planned.get(name) if isinstance(planned, dict) else None, plan.to_dict()[name]
-        if old != new and (name != "planned_steps" or before.get("checkpoints") == now.get("checkpoints")):
-            yield f"{name} was {old}, is {new}"
+    yield from changed_settings(manifest, plan)
+    yield from _changed_plan(manifest, plan, ("total_steps", "num_processes"))
+    if _comparable(manifest.get("config")).get("checkpoints") == plan.config.checkpoints:
+        yield from _changed_plan(manifest, plan, ("planned_steps",))
     if plan.dataset.path is None:
         return  # a plan without its rows, which are fetched and compared before a run begins
     sha256 = file_sha256(plan.dataset.path)
     if (recorded := _dataset_sha256(manifest)) != sha256:
         yield f"the contents of {plan.dataset.name} have changed (SHA-256 was {recorded}, is {sha256})"
+
+
+def _changed_plan(manifest: Mapping[str, object], plan: RunPlan, names: Sequence[str]) -> Iterator[str]:
+    planned = manifest.get("plan")
+    for name in names:
+        old, new = planned.get(name) if isinstance(planned, dict) else None, plan.to_dict()[name]
+        if old != new:
+            yield f"{name} was {old}, is {new}"
 
 
 def cannot_write(plan: RunPlan) -> str | None:

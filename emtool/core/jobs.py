@@ -112,15 +112,14 @@ def run_job(job: Job) -> JobOutcome:
     try:
         job.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not job.folder.is_dir():
-            raise FileNotFoundError(2, "no such folder here; workers need the folders of whoever starts them")
+            raise CheckpointError(f"{job.folder} is not on this machine: workers need the folders of who starts them")
         for folder in job.locked:
             wait_for(folder)
         for command in job.commands:
             if (problem := _run(command, job)) is not None:
                 return JobOutcome(name=job.name, problem=problem)
     except (OSError, CheckpointError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        return JobOutcome(name=job.name, problem=f"{job.folder}: {reason}")
+        return JobOutcome(name=job.name, problem=str(error))
     return JobOutcome(name=job.name)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_files import read_summary
 from emtool.core.finished import is_completed
-from emtool.core.jobs import Command, Job, thread_variables
+from emtool.core.jobs import Command, Job, JobOutcome, thread_variables
 from emtool.core.run_dir import FORMAT, RunFolder, read_json, replace_file, write_json
 from emtool.core.sweep import Cell, Sweep
 
@@ -89,10 +89,13 @@ class SweepFolder:
 
     def states(self, sweep: Sweep) -> list[CellState]:
         """Return how far each cell is, as its run folder and the record say."""
+        known = self._recorded()
+        return [self._state(cell, sweep, known.get(cell.name)) for cell in sweep.cells]
+
+    def _recorded(self) -> dict[str, Any]:
         record = read_json(self.record_path)
         entries = record.get("cells") if isinstance(record, dict) else None
-        known = entries if isinstance(entries, dict) else {}
-        return [self._state(cell, sweep, known.get(cell.name)) for cell in sweep.cells]
+        return entries if isinstance(entries, dict) else {}
 
     def _state(self, cell: Cell, sweep: Sweep, entry: object) -> CellState:
         run = self.run_of(cell)
@@ -106,20 +109,19 @@ class SweepFolder:
             return CellState(cell=cell, run=run, status="failed", problem=str(recorded.get("problem")))
         return CellState(cell=cell, run=run, status="begun" if run.path.exists() else "waiting")
 
-    def keep(self, sweep: Sweep, states: Sequence[CellState]) -> None:
-        """Record how cells ended.
+    def keep(self, sweep: Sweep, outcome: JobOutcome) -> None:
+        """Record how the job of a cell ended.
 
         Raises:
             CheckpointError: If it cannot be written.
         """
-        evaluate = None if sweep.evaluate is None else dict(sweep.evaluate)
-        cells = {
-            state.cell.name: {"status": state.status, "problem": state.problem, "evaluate": evaluate}
-            for state in states
-            if state.status in ("completed", "failed")
+        entry = {
+            "status": "completed" if outcome.problem is None else "failed",
+            "problem": outcome.problem,
+            "evaluate": None if sweep.evaluate is None else dict(sweep.evaluate),
         }
         try:
-            write_json(self.record_path, {"format": FORMAT, "cells": cells})
+            write_json(self.record_path, {"format": FORMAT, "cells": {**self._recorded(), outcome.name: entry}})
         except OSError as error:
             raise CheckpointError(f"cannot write {self.record_path}: {error.strerror}") from error
 

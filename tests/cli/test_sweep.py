@@ -171,6 +171,12 @@ def test_cells_are_trained_and_evaluated_skipped_failed_and_retried(tiny_model: 
     more = ["--checkpoints", "init, every 2", "--layers-to-transform", "all", "--seed", "1", "--output-name", "alone"]
     assert RUNNER.invoke(app, [*train, *more]).exit_code == 0
     assert weights(Path("outputs/alone")) == weights(folder / "seed-1")
+    # What is there is not taken for what would come of other settings.
+    file.write_text(file.read_text().replace("max_steps = 4", "max_steps = 5"))
+    other = RUNNER.invoke(app, ["sweep", str(file)])
+    assert other.exit_code == 1
+    assert "holds a run of another configuration: max_steps was 4, is 5" in other.stderr.replace("\n", " ")
+    file.write_text(file.read_text().replace("max_steps = 5", "max_steps = 4"))
     # Another evaluation is asked for: nothing is trained again.
     file.write_text(file.read_text().replace("n_per_question = 1", "n_per_question = 2"))
     assert RUNNER.invoke(app, ["sweep", str(file)]).exit_code == 0

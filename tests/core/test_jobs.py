@@ -70,7 +70,7 @@ def test_a_command_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_on_this_machine_is_a_failed_job(tmp_path: Path) -> None:
     there = job(tmp_path, python("1"))
     gone = Job(name="x", commands=there.commands, log_path=there.log_path, folder=tmp_path / "gone")
-    assert "no such folder here" in str(run_job(gone).problem)
+    assert "is not on this machine" in str(run_job(gone).problem)
 
 
 def test_the_earlier_attempt_is_waited_for(tmp_path: Path) -> None:
