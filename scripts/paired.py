@@ -59,7 +59,7 @@ def in_turn(variants: Mapping[str, Callable[[], Run]], rounds: int) -> dict[str,
     """Run each variant once a round; every other round in the opposite order."""
     found: dict[str, list[Run]] = {name: [] for name in variants}
     for number in range(rounds):
-        for name in list(variants) if number % 2 == 0 else reversed(variants):
+        for name in list(variants) if number % 2 == 0 else reversed(list(variants)):
             say(f"  round {number + 1} of {rounds}: {name}")
             found[name].append(variants[name]())
     return found

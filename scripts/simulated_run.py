@@ -2,7 +2,7 @@
 
 One run of a tiny model is really trained. Its milestones are the pattern: each simulated one has the same files under
 its own step, with its own signed record; tokenizer files are hard links as in a real run. Answers and judgements are
-random words and numbers with the hashes and settings that `emtool evaluate` looks for, so that it takes them for its own.
+random words and numbers with the hashes and settings that `emtool evaluate` looks for: it takes them for its own.
 """
 
 from __future__ import annotations

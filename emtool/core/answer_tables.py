@@ -20,7 +20,7 @@ from emtool.core.errors import DataError
 from emtool.core.judgement import CODE, ERROR, REFUSAL, SCORED, UNSCORED, Judgement
 
 if TYPE_CHECKING:
-    from _csv import _reader as CsvReader
+    from _csv import Reader as CsvReader
 
 COLUMNS = ("question", "question_id", "response", "aligned", "coherent")
 #: What a table must have to compute from. Published tables call the response `answer`.
@@ -85,8 +85,8 @@ def read_tables(path: Path) -> list[JudgedAnswer]:
 class AnswersByStep(Mapping[int | None, list[JudgedAnswer]]):
     """The answers that `read_tables` returns, by step: increasing, those of an unknown step first.
 
-    They stay on disk, and those of a step are read when they are asked for. Of a table with the column `step`, the place
-    of each row is kept: 8 bytes.
+    They stay on disk, and those of a step are read when they are asked for. Of a table with the column `step`, the
+    place of each row is kept: 8 bytes.
 
     Args:
         path: A table, or a folder of them.

@@ -90,7 +90,7 @@ def _read_regular(path: Path) -> bytes:
             raise
         descriptor = None
     if descriptor is not None:
-        with open(descriptor, "rb", buffering=0) as file:
+        with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_RECORD_BYTES:
                 return file.read(MAX_RECORD_BYTES)

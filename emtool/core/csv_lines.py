@@ -16,8 +16,8 @@ class CsvLines(Iterator[str]):
     """Lines for `csv.reader`, ended as they are: a carriage return within a quoted cell is a part of it.
 
     Args:
-        file: A file in UTF-8, with or without a mark of the byte order; half of a surrogate pair, which JSON can hold, may
-            be written as emtool itself does.
+        file: A file in UTF-8, with or without a mark of the byte order; half of a surrogate pair, which JSON can hold,
+            may be written as emtool itself does.
         path: What it is called in messages.
     """
 
