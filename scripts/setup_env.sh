@@ -32,8 +32,9 @@ setup_env() {
         fi
         $pip ${EMTOOL_TORCH_INDEX:+--index-url "$EMTOOL_TORCH_INDEX"} "$torch"
     fi
-    say "installing emtool and its other packages: about 165 MB, one minute"
-    [ "$kind" = dev ] && extras=dev
+    local size="165 MB, one minute"
+    [ "$kind" = dev ] && extras=dev size="300 MB with the test tools, two minutes"
+    say "installing emtool and its other packages: about $size"
     [ -n "$gpu" ] && extras="${extras:+$extras,}cuda"
     $pip --editable ".${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
