@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from emtool.core.errors import ConfigError
@@ -105,9 +105,16 @@ def estimate_cost(prompts: Iterable[str], price: JudgePrice) -> float:
 
 def plan_judging(prompts: Iterable[str], address: ServerAddress, price: JudgePrice | None) -> JudgePlan:
     """Return what judging prompts asks of a server, and what it costs where the price is known."""
-    listed = list(prompts)
-    cost = None if price is None else estimate_cost(listed, price)
-    return JudgePlan(num_requests=len(listed), cost=cost, host=address.url)
+    count = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for count, prompt in enumerate(prompts, start=1):  # noqa: B007 - the last one is the number of them
+            yield prompt
+
+    # One pass: there may be a million of them, made as they are asked for.
+    cost = estimate_cost(counted(), price or FREE)
+    return JudgePlan(num_requests=count, cost=None if price is None else cost, host=address.url)
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,38 @@ class RecordFile:
         Raises:
             CheckpointError: If the file cannot be read.
         """
+        for _, record in self.read_places():
+            yield record
+
+    def read_places(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each whole record after its place in the file: the bytes before it.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+        """
+        place = 0
         try:
             with self.path.open("rb") as file:
                 for line in file:
                     if (record := _record(line)) is not None:
-                        yield record
+                        yield place, record
+                    place += len(line)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def read_at(self, places: Iterable[int]) -> Iterator[dict[str, Any] | None]:
+        """Yield the record at each place, None where there is none any more.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                for place in places:
+                    file.seek(place)
+                    yield _record(file.readline())
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 
@@ -62,8 +87,8 @@ class RecordFile:
                 end = begin
             file.truncate(end)
 
-    def append(self, record: Mapping[str, object], *, durable: bool = False) -> None:
-        """Append one record.
+    def append(self, record: Mapping[str, object], *, durable: bool = False) -> int:
+        """Append one record, and return its place.
 
         Args:
             record: JSON values; a float must be finite.
@@ -72,7 +97,9 @@ class RecordFile:
         Raises:
             OSError: If it cannot be written.
         """
+        place = self.path.stat().st_size if self.path.exists() else 0
         append_record(self.path, record, durable=durable)
+        return place
 
 
 def settings_id(settings: Mapping[str, object]) -> str:

@@ -291,12 +291,21 @@ def parse_json(text: str) -> Any:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, and the disk after a crash, has the old contents or the new."""
-    staged = path.with_name(f".{path.name}.new")
-    with staged.open("wb") as file:
+    write_staged(path, content)
+    staged_path(path).replace(path)
+
+
+def staged_path(path: Path) -> Path:
+    """Return where the new contents of a file are written before they take its place."""
+    return path.with_name(f".{path.name}.new")
+
+
+def write_staged(path: Path, content: bytes) -> None:
+    """Write the new contents of a file beside it, and force them to disk."""
+    with staged_path(path).open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    staged.replace(path)
 
 
 def append_record(path: Path, record: Mapping[str, object], *, durable: bool = False) -> None:

@@ -41,15 +41,16 @@ from emtool.engines.evaluation_target import EvaluationTarget, open_target
 from emtool.engines.generating import (
     AnswerRecord,
     CheckpointPrompts,
+    PromptsAt,
+    RecordedAnswers,
+    fully_answered,
     generate_answers,
     prompts_asked,
-    recorded_answers,
-    with_step,
 )
 from emtool.engines.item_scores import recorded_scores, score_items
 from emtool.engines.judge_stage import JudgeStage
 from emtool.engines.judges.judge import JudgeChoice
-from emtool.engines.judging import judge_tasks
+from emtool.engines.judging import StepTasks
 from emtool.engines.last_evaluation import LastEvaluation
 from emtool.engines.modeling import check_device, warn_of_slow_dtype
 from emtool.engines.score_record import ScoreRecord
@@ -218,7 +219,7 @@ class Evaluation:
 
     def _answers(
         self, steps: Sequence[int], others: Sequence[int], last: LastEvaluation
-    ) -> tuple[dict[int, list[Answer]], dict[int, str], dict[str, Any]]:
+    ) -> tuple[Mapping[int, Sequence[Answer]], dict[int, str], dict[str, Any]]:
         """Return the answers of every checkpoint that has all of them: generated, or recorded with the same settings.
 
         Where no answers are asked for, those of the last evaluation count.
@@ -237,7 +238,8 @@ class Evaluation:
                 return {}, {}, {}
             prompts = prompts_asked(previous, self._questions)
             checkpoints = self._checkpoints(sorted([*steps, *others]), prompts)
-            found = recorded_answers(checkpoints, AnswerRecord(run, str(previous.get("id"))))
+            record = AnswerRecord(run, str(previous.get("id")))
+            found = RecordedAnswers(record, fully_answered(checkpoints, record))
             if not found:
                 text = "the summary leaves out the answers of the last evaluation, which are to other questions; they "
                 self._warn(f"{text}stay in answers.jsonl, and the command that made them brings them back")
@@ -247,12 +249,17 @@ class Evaluation:
             settings = {"stage": "generation", **backend.settings, **self._lineage_pins()}
             record = AnswerRecord(run, self._describe(settings))
             checkpoints = self._checkpoints(steps, self._prompts)
-            answers, problems = generate_answers(backend, checkpoints, record, on_event=self._on_event)
+            problems = generate_answers(backend, checkpoints, record, on_event=self._on_event)
         finally:
             backend.close()
-        answers |= recorded_answers(self._checkpoints(others, self._prompts), record)
+        answered = [checkpoint for checkpoint in checkpoints if checkpoint.step not in problems]
+        answered += fully_answered(self._checkpoints(others, self._prompts), record)
         shown = {**settings, "id": settings_id(settings), "n_per_question": self._config.n_per_question}
-        return dict(sorted(answers.items())), problems, {"generation": {**shown, "questions": list(self._questions)}}
+        return (
+            RecordedAnswers(record, answered),
+            problems,
+            {"generation": {**shown, "questions": list(self._questions)}},
+        )
 
     def _checkpoints(self, steps: Sequence[int], prompts: Sequence[Prompt]) -> list[CheckpointPrompts]:
         return [
@@ -260,7 +267,7 @@ class Evaluation:
                 step=step,
                 folder=self._folder_of(step),
                 adapter_sha256=self._target.adapter_sha256(step),
-                prompts=with_step(prompts, step),
+                prompts=PromptsAt(prompts, step),
             )
             for step in steps
         ]
@@ -276,7 +283,7 @@ class Evaluation:
             order=order,
             on_event=self._on_event,
         )
-        tasks = judge_tasks([answer for found in answers.values() for answer in found], self._questions)
+        tasks = StepTasks(answers, self._questions)
         return [
             judge_result(answers, judgements, settings=settings, rule=self._rule, seed=self._config.seed)
             for settings, judgements in stage.judge(tasks, asked_steps=asked_steps)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from emtool.core.answer_tables import is_table_name, table_name, table_text
@@ -19,7 +20,7 @@ from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
 from emtool.core.questions import EvaluationItem
 from emtool.core.record_file import settings_id
-from emtool.core.run_dir import FORMAT, RunFolder, read_json, replace_file, write_json
+from emtool.core.run_dir import FORMAT, RunFolder, read_json, staged_path, write_json, write_staged
 from emtool.core.text_metrics import text_metrics
 from emtool.engines.summary import CheckpointScores, summarize
 
@@ -93,21 +94,46 @@ class EvaluationResult:
         }
 
 
+class JudgedAnswers(Mapping[int, list[JudgedAnswer]]):
+    """The judged answers of each checkpoint, put together when they are asked for.
+
+    Args:
+        answers: Answers by step.
+        judgements: What a judge said, by step; its steps are those that are judged.
+    """
+
+    def __init__(
+        self,
+        answers: Mapping[int, Sequence[Answer]],
+        judgements: Mapping[int, Mapping[tuple[AnswerKey, str], Judgement]],
+    ) -> None:
+        self._answers = answers
+        self._judgements = judgements
+
+    def __getitem__(self, step: int) -> list[JudgedAnswer]:
+        """Return the judged answers of a step."""
+        said = self._judgements[step]
+        return [_judged(answer, said) for answer in self._answers[step]]
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the steps."""
+        return iter(self._judgements)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._judgements)
+
+
 def judge_result(
     answers: Mapping[int, Sequence[Answer]],
-    judgements: Mapping[tuple[AnswerKey, str], Judgement],
+    judgements: Mapping[int, Mapping[tuple[AnswerKey, str], Judgement]],
     *,
     settings: Mapping[str, Any],
     rule: EmRule,
     seed: int,
 ) -> JudgeResult:
     """Return the metrics of answers by what a judge said of them, for the checkpoints that it judged."""
-    judged_steps = {key.step for key, _ in judgements}
-    judged = {
-        step: [_judged(answer, judgements) for answer in found]
-        for step, found in answers.items()
-        if step in judged_steps
-    }
+    judged = JudgedAnswers(answers, judgements)
     start = judged.get(0)
     metrics = {step: em_metrics(found, start, rule=rule, seed=seed) for step, found in judged.items()}
     return JudgeResult(
@@ -142,9 +168,10 @@ def collect(
 ) -> EvaluationResult:
     """Return the metrics of every checkpoint, from what the stages made."""
     seed, domain = settings["seed"], settings["trained_domain"]
+    start = answers.get(0)
     groups = [
         judges[0].metrics if judges else {},
-        {step: text_metrics(found, answers.get(0), seed=seed) for step, found in answers.items()},
+        {step: text_metrics(found, start, seed=seed) for step, found in answers.items()},
         summarize(scores, items, trained_domain=domain, seed=seed),
     ]
     steps = sorted({step for group in groups for step in group})
@@ -171,27 +198,15 @@ def write_result(
     Raises:
         EmtoolError: If one cannot be written.
     """
-    files = dict(_tables(result, scores, items))
-    marks = judge_marks(result.judges)
-    for judge, mark in zip(result.judges, marks, strict=True):
-        for step, found in judge.answers.items():
-            files[table_name(step, mark)] = table_text(found)
-        rows = [
-            {"step": step, **row} for step, found in judge.answers.items() for row in question_rows(found, rule=rule)
-        ]
-        files[f"question_scores{'.' if mark else ''}{mark}.csv"] = csv_text(rows)
-    judged = result.judges[0].answers if result.judges else {}
-    for step in result.answers.keys() - judged.keys():
-        files[table_name(step)] = table_text([_judged(answer, {}) for answer in result.answers[step]])
     folder = result.run.evaluation_path
-    contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
-    written = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     before = _tables_before(result.run)
     try:
-        # First, so that what is written is known to be emtool's whatever comes between.
+        # One text at a time, beside its place: they take as much memory together as all answers.
+        written = {name: _stage(folder / name, text) for name, text in _texts(result, scores, items, rule=rule)}
+        # First, so that what is put in place is known to be emtool's whatever comes between.
         write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": {**before, **written}})
-        for name, content in contents.items():
-            replace_file(folder / name, content)
+        for name in written:
+            staged_path(folder / name).replace(folder / name)
         # What the last evaluation wrote and this one does not would be taken for a part of this one.
         for name in before.keys() - written.keys():
             path = folder / name
@@ -201,6 +216,31 @@ def write_result(
         write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": written})
     except OSError as error:
         raise result.run.write_error(error, "writing the evaluation") from error
+
+
+def _texts(
+    result: EvaluationResult, scores: Sequence[CheckpointScores], items: Sequence[EvaluationItem], *, rule: EmRule
+) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each table."""
+    yield from _tables(result, scores, items)
+    marks = judge_marks(result.judges)
+    for judge, mark in zip(result.judges, marks, strict=True):
+        rows: list[dict[str, Any]] = []
+        for step, found in judge.answers.items():
+            yield table_name(step, mark), table_text(found)
+            rows += [{"step": step, **row} for row in question_rows(found, rule=rule)]
+        yield f"question_scores{'.' if mark else ''}{mark}.csv", csv_text(rows)
+    judged = result.judges[0].answers if result.judges else {}
+    for step in result.answers:
+        if step not in judged:
+            yield table_name(step), table_text([_judged(answer, {}) for answer in result.answers[step]])
+
+
+def _stage(path: Path, text: str) -> str:
+    """Write a text beside its place and force it to disk; return its SHA-256."""
+    content = text.encode("utf-8", "surrogatepass")
+    write_staged(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _tables_before(run: RunFolder) -> dict[str, str]:

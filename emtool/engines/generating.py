@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emtool.core.answers import Answer, AnswerKey, Completion, Prompt
+from emtool.core.answers import Answer, AnswerKey, Completion, Prompt, key_of
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import MAX_PER_QUESTION
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
@@ -39,7 +41,8 @@ class AnswerRecord:
     """`evaluation/answers.jsonl`: every answer, with what shaped it.
 
     An answer counts again if its settings, its checkpoint's weights and its prompt are what they were. One that was
-    recorded with an error is asked for again.
+    recorded with an error is asked for again. Answers stay on disk: of each, its place is held, and the answers of the
+    two checkpoints that were asked for last.
 
     Args:
         run: The run folder.
@@ -50,35 +53,95 @@ class AnswerRecord:
         self._run = run
         self._settings = settings
         self._file = RecordFile(path=run.evaluation_path / "answers.jsonl")
-        self._found: dict[AnswerKey, tuple[Answer, str, str]] = {}
-        for record in self._file.read():
-            if record.get("settings") == settings and (answer := Answer.from_dict(record)) is not None:
-                pins = (str(record.get("adapter_sha256")), str(record.get("prompt_sha256")))
-                self._found[answer.key] = (answer, *pins)
+        self._places: dict[int, array[int]] = {}
+        self._loaded: OrderedDict[int, dict[AnswerKey, _Kept]] = OrderedDict()
+        for place, record in self._file.read_places():
+            if record.get("settings") == settings and (key := key_of(record)) is not None:
+                self._places.setdefault(key.step, array("q")).append(place)
         self._is_open = False
 
     def find(self, prompt: Prompt, adapter_sha256: str) -> Answer | None:
         """Return the answer that was recorded for a prompt, or None where it must be generated."""
-        answer, *pins = self._found.get(prompt.key, (None,))
-        is_sound = answer is not None and answer.has_text and pins == [adapter_sha256, prompt_sha256(prompt)]
-        return answer if is_sound else None
+        answer = self.latest(prompt, adapter_sha256)
+        return answer if answer is not None and answer.has_text else None
 
-    def keep(self, prompt: Prompt, adapter_sha256: str, completion: Completion) -> Answer:
-        """Record a completion and return it as an answer.
+    def latest(self, prompt: Prompt, adapter_sha256: str) -> Answer | None:
+        """Return what was recorded for a prompt last, be it an error, or None where there is nothing."""
+        kept = self._of_step(prompt.key.step).get(prompt.key)
+        is_sound = kept is not None and kept.pins == (adapter_sha256, prompt_sha256(prompt))
+        return kept.answer if kept is not None and is_sound else None
+
+    def keep(self, prompt: Prompt, adapter_sha256: str, completion: Completion) -> None:
+        """Record a completion.
 
         Raises:
             EmtoolError: If it cannot be written.
         """
         answer = Answer(key=prompt.key, question=prompt.question, completion=completion)
-        pins = {"settings": self._settings, "adapter_sha256": adapter_sha256, "prompt_sha256": prompt_sha256(prompt)}
+        pins = (adapter_sha256, prompt_sha256(prompt))
+        names = {"settings": self._settings, "adapter_sha256": pins[0], "prompt_sha256": pins[1]}
         try:
             if not self._is_open:
                 self._file.end_torn_line()
                 self._is_open = True
-            self._file.append({**answer.to_dict(), **pins})
+            place = self._file.append({**answer.to_dict(), **names})
         except OSError as error:
             raise self._run.write_error(error, "recording answers") from error
-        return answer
+        loaded = self._of_step(prompt.key.step)
+        self._places.setdefault(prompt.key.step, array("q")).append(place)
+        loaded[prompt.key] = _Kept(answer=answer, pins=pins)
+
+    def _of_step(self, step: int) -> dict[AnswerKey, _Kept]:
+        if step in self._loaded:
+            self._loaded.move_to_end(step)
+            return self._loaded[step]
+        found = {}
+        places = self._places.get(step, ())
+        for record in self._file.read_at(places) if places else ():
+            if record is not None and (answer := Answer.from_dict(record)) is not None:
+                pins = (str(record.get("adapter_sha256")), str(record.get("prompt_sha256")))
+                found[answer.key] = _Kept(answer=answer, pins=pins)
+        self._loaded[step] = found
+        if len(self._loaded) > 2:
+            self._loaded.popitem(last=False)
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """An answer on record, and what pins its checkpoint and its prompt."""
+
+    answer: Answer
+    pins: tuple[str, str]
+
+
+class RecordedAnswers(Mapping[int, Sequence[Answer]]):
+    """The answers of checkpoints by step, read when they are asked for, in the order of the prompts.
+
+    Args:
+        record: Where they are kept.
+        checkpoints: Checkpoints of which every prompt is on record, by an answer or an error.
+    """
+
+    def __init__(self, record: AnswerRecord, checkpoints: Sequence[CheckpointPrompts]) -> None:
+        self._record = record
+        self._checkpoints = {c.step: c for c in sorted(checkpoints, key=lambda c: c.step)}
+
+    def __getitem__(self, step: int) -> list[Answer]:
+        """Return the answers of a step."""
+        checkpoint = self._checkpoints[step]
+        found = [self._record.latest(prompt, checkpoint.adapter_sha256) for prompt in checkpoint.prompts]
+        answers = [answer for answer in found if answer is not None]
+        assert len(answers) == len(found), "an answer is not on record any more"
+        return answers
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the steps, increasing."""
+        return iter(self._checkpoints)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._checkpoints)
 
 
 def prompt_sha256(prompt: Prompt) -> str:
@@ -93,8 +156,8 @@ def generate_answers(
     record: AnswerRecord,
     *,
     on_event: EventSink,
-) -> tuple[dict[int, list[Answer]], dict[int, str]]:
-    """Return the answers of each checkpoint, those that were recorded before included.
+) -> dict[int, str]:
+    """Have every prompt answered that has no answer on record yet.
 
     Args:
         backend: What answers.
@@ -103,57 +166,54 @@ def generate_answers(
         on_event: Where progress is reported.
 
     Returns:
-        Answers by step, in the order of the prompts; and what is wrong with checkpoints that could not be used.
+        What is wrong with checkpoints that could not be used, by step.
 
     Raises:
         BackendError: If going on is pointless; what was generated is kept.
     """
-    found = {c.step: {p.key: record.find(p, c.adapter_sha256) for p in c.prompts} for c in checkpoints}
-    num_missing = sum(answer is None for answers in found.values() for answer in answers.values())
-    num_known = sum(len(answers) for answers in found.values()) - num_missing
+    counts = {c.step: sum(record.find(p, c.adapter_sha256) is None for p in c.prompts) for c in checkpoints}
+    num_missing = sum(counts.values())
+    num_known = sum(len(c.prompts) for c in checkpoints) - num_missing
     if not num_missing:
         on_event(Notice(text=f"{num_known:,} answers are there already"))
-        return {step: [a for a in answers.values() if a is not None] for step, answers in found.items()}, {}
+        return {}
     known = f", {num_known:,} are there already" if num_known else ""
     on_event(PhaseStarted(name=f"generating {num_missing:,} answers{known}", total=num_missing, unit="answers"))
     progress = _Progress(on_event)
     problems = {}
     for checkpoint in checkpoints:
-        answers = found[checkpoint.step]
-        missing = [prompt for prompt in checkpoint.prompts if answers[prompt.key] is None]
-        if not missing:
+        if not counts[checkpoint.step]:
             continue
         try:
             backend.use_checkpoint(checkpoint.step, checkpoint.folder)
         except CheckpointError as error:
             problems[checkpoint.step] = str(error)
             on_event(Notice(text=f"{error}; it is passed over", is_warning=True))
-            progress.skip(len(missing))
+            progress.skip(counts[checkpoint.step])
             continue
-
-        def keep(
-            index: int,
-            completion: Completion,
-            missing: Sequence[Prompt] = missing,
-            checkpoint: CheckpointPrompts = checkpoint,
-            answers: dict[AnswerKey, Answer | None] = answers,
-        ) -> None:
-            prompt = missing[index]
-            answers[prompt.key] = record.keep(prompt, checkpoint.adapter_sha256, completion)
-            progress.count(completion)
-
-        backend.generate(missing, keep)
-        assert all(answer is not None for answer in answers.values()), "a backend left a prompt without completion"
+        _generate(backend, checkpoint, record, progress)
     progress.report_errors()
-    done = {step: answers for step, answers in found.items() if step not in problems}
-    return {step: [a for a in answers.values() if a is not None] for step, answers in done.items()}, problems
+    return problems
 
 
-def recorded_answers(checkpoints: Sequence[CheckpointPrompts], record: AnswerRecord) -> dict[int, list[Answer]]:
-    """Return the answers of the checkpoints of which every one was recorded before, by step."""
-    found = {c.step: [record.find(prompt, c.adapter_sha256) for prompt in c.prompts] for c in checkpoints}
-    whole = {step: [answer for answer in answers if answer is not None] for step, answers in found.items()}
-    return {step: answers for step, answers in whole.items() if answers and len(answers) == len(found[step])}
+def _generate(backend: Backend, checkpoint: CheckpointPrompts, record: AnswerRecord, progress: _Progress) -> None:
+    """Have one checkpoint answer what is missing."""
+    adapter = checkpoint.adapter_sha256
+    missing = [prompt for prompt in checkpoint.prompts if record.find(prompt, adapter) is None]
+    answered = set()
+
+    def keep(index: int, completion: Completion) -> None:
+        record.keep(missing[index], adapter, completion)
+        answered.add(index)
+        progress.count(completion)
+
+    backend.generate(missing, keep)
+    assert len(answered) == len(missing), "a backend left a prompt without completion"
+
+
+def fully_answered(checkpoints: Sequence[CheckpointPrompts], record: AnswerRecord) -> list[CheckpointPrompts]:
+    """Return the checkpoints of which every prompt was answered before."""
+    return [c for c in checkpoints if c.prompts and all(record.find(p, c.adapter_sha256) for p in c.prompts)]
 
 
 def prompts_asked(generation: Mapping[str, Any], questions: Mapping[str, OpenQuestion]) -> list[Prompt]:
@@ -197,6 +257,25 @@ class _Progress:
             self._on_event(Notice(text=f"{text}; the first: {self._first_error}", is_warning=True))
 
 
-def with_step(prompts: Sequence[Prompt], step: int) -> list[Prompt]:
-    """Return prompts with the key of another step."""
-    return [replace(prompt, key=replace(prompt.key, step=step)) for prompt in prompts]
+class PromptsAt(Sequence[Prompt]):
+    """Prompts with the key of another step, made when they are looked at.
+
+    Args:
+        prompts: The prompts.
+        step: Optimizer step.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], step: int) -> None:
+        self._prompts = prompts
+        self._step = step
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a prompt, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        prompt = self._prompts[index]
+        return replace(prompt, key=replace(prompt.key, step=self._step))
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self._prompts)

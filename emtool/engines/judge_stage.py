@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emtool.core.answers import AnswerKey
 from emtool.core.errors import EmtoolError
 from emtool.core.events import EventSink
 from emtool.core.judge_prices import Budget, JudgePlan
-from emtool.core.judgement import Judgement
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import RunFolder
 from emtool.engines.judges.judge import JudgeChoice
 from emtool.engines.judging import (
     JudgementRecord,
     JudgeTask,
+    StepJudgements,
+    fully_judged,
     judge_answers,
     missing_prompts,
-    recorded_judgements,
     recorded_judges,
 )
 
-Judgements = dict[tuple[AnswerKey, str], Judgement]
+Tasks = Mapping[int, Sequence[JudgeTask]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +46,11 @@ class JudgeStage:
     order: Sequence[str]
     on_event: EventSink
 
-    def judge(
-        self, tasks: Sequence[JudgeTask], *, asked_steps: Collection[int]
-    ) -> list[tuple[dict[str, Any], Judgements]]:
+    def judge(self, tasks: Tasks, *, asked_steps: Collection[int]) -> list[tuple[dict[str, Any], StepJudgements]]:
         """Return what each judge says: one that knows more checkpoints comes first, then one that is asked now.
 
         Args:
-            tasks: What there is to judge.
+            tasks: What there is to judge, by step.
             asked_steps: Checkpoints whose answers the judges are asked about; for the others the record counts.
 
         Returns:
@@ -62,8 +59,8 @@ class JudgeStage:
         Raises:
             EmtoolError: If a judge may not or cannot be asked; what was judged is kept.
         """
-        asked = [task for task in tasks if task.key.step in asked_steps]
-        others = [task for task in tasks if task.key.step not in asked_steps]
+        asked = AtSteps(tasks, [step for step in tasks if step in asked_steps])
+        others = AtSteps(tasks, [step for step in tasks if step not in asked_steps])
         # Every judge is allowed before the first one is asked.
         known = [self._find_known(choice, asked) for choice in self.choices]
         try:
@@ -73,69 +70,105 @@ class JudgeStage:
             ]
         except EmtoolError:
             for choice, settings in zip(self.choices, known, strict=True):
-                self._give_back(choice, asked if settings is None else ())
+                self._give_back(choice, asked if settings is None else {})
             raise
-        found = [(settings, judged | recorded_judgements(others, self.run, settings)) for settings, judged in found]
-        found += self._judged_before(tasks, {settings_id(settings) for settings, _ in found})
-        found = [entry for entry in found if entry[1]]
+        records = [(settings, judged | fully_judged(others, self.run, settings)) for settings, judged in found]
+        records += self._judged_before(tasks, {settings_id(settings) for settings, _ in found})
+        known_steps = [(settings, dict(sorted(judged.items()))) for settings, judged in records if judged]
         # The sort is stable.
-        return sorted(found, key=lambda entry: len({key.step for key, _ in entry[1]}), reverse=True)
+        known_steps.sort(key=lambda entry: len(entry[1]), reverse=True)
+        return [(settings, StepJudgements(tasks, judged)) for settings, judged in known_steps]
 
-    def _find_known(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> dict[str, Any] | None:
+    def _find_known(self, choice: JudgeChoice, tasks: Tasks) -> dict[str, Any] | None:
         """Return the settings under which a remote judge has said everything already; None where it must be asked."""
         if choice.plan is None:
             return None
-        missing = self._missing(choice, tasks)
-        for settings, prompts in missing:
-            if not prompts:
+        missing = self._missing(choice, choice.plan, tasks)
+        for settings, plan in missing:
+            if not plan.num_requests:
                 self.describe(settings)
                 return settings
         # Which settings it will be is not known yet: the most that it may cost must be allowed.
-        plans = [choice.plan(prompts) for _, prompts in missing] or [choice.plan([task.prompt for task in tasks])]
+        every = (task.prompt for of_step in tasks.values() for task in of_step)
+        plans = [plan for _, plan in missing] or [choice.plan(every)]
         self.budget.approve(max(plans, key=_cost))
         return None
 
-    def _missing(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> list[tuple[dict[str, Any], list[str]]]:
+    def _missing(
+        self, choice: JudgeChoice, plan: Callable[[Iterable[str]], JudgePlan], tasks: Tasks
+    ) -> list[tuple[dict[str, Any], JudgePlan]]:
         """Return, for each settings that a remote judge may have, what it must still be asked."""
         found = []
         for values in choice.possible_settings:
             settings = _judging(values)
             record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
-            found.append((settings, missing_prompts(tasks, record)))
+            found.append((settings, plan(missing_prompts(tasks, record))))
         return found
 
-    def _give_back(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> None:
+    def _give_back(self, choice: JudgeChoice, tasks: Tasks) -> None:
         """Take back the allowance for what is still missing after a failure; it is allowed anew when it is asked."""
         if choice.plan is not None and tasks:
-            plans = [choice.plan(prompts) for _, prompts in self._missing(choice, tasks)]
+            plans = [plan for _, plan in self._missing(choice, choice.plan, tasks)]
             if plans:
                 self.budget.give_back(min(plans, key=_cost))
 
-    def _recorded(self, settings: Mapping[str, Any], tasks: Sequence[JudgeTask]) -> Judgements:
+    def _recorded(self, settings: Mapping[str, Any], tasks: Tasks) -> dict[int, JudgementRecord]:
         record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
-        return judge_answers(None, tasks, record, on_event=self.on_event)
+        judge_answers(None, tasks, record, on_event=self.on_event)
+        return _with_tasks(tasks, record)
 
-    def _ask(self, choice: JudgeChoice, tasks: Sequence[JudgeTask]) -> tuple[dict[str, Any], Judgements]:
+    def _ask(self, choice: JudgeChoice, tasks: Tasks) -> tuple[dict[str, Any], dict[int, JudgementRecord]]:
         judge = choice.make()
         try:
             judge.prepare()
             settings = _judging(judge.settings)
             record = JudgementRecord(self.run, self.describe(settings), is_cached=choice.plan is not None)
-            return settings, judge_answers(judge, tasks, record, on_event=self.on_event)
+            judge_answers(judge, tasks, record, on_event=self.on_event)
+            return settings, _with_tasks(tasks, record)
         finally:
             judge.close()
 
     def _judged_before(
-        self, tasks: Sequence[JudgeTask], asked: Collection[str]
-    ) -> list[tuple[dict[str, Any], Judgements]]:
+        self, tasks: Tasks, asked: Collection[str]
+    ) -> list[tuple[dict[str, Any], dict[int, JudgementRecord]]]:
         recorded = [
-            (settings, recorded_judgements(tasks, self.run, settings))
+            (settings, fully_judged(tasks, self.run, settings))
             for settings in recorded_judges(self.run)
             if settings_id(settings) not in asked
         ]
         places = {name: place for place, name in enumerate(self.order)}
         # As the last summary has them; those that it does not know behind, the one last asked first.
         return sorted(recorded, key=lambda entry: places.get(settings_id(entry[0]), len(places)))
+
+
+class AtSteps(Mapping[int, Sequence[JudgeTask]]):
+    """Tasks of some of the steps, made when they are asked for.
+
+    Args:
+        tasks: Tasks by step.
+        steps: The steps.
+    """
+
+    def __init__(self, tasks: Tasks, steps: Sequence[int]) -> None:
+        self._tasks = tasks
+        self._steps = steps
+
+    def __getitem__(self, step: int) -> Sequence[JudgeTask]:
+        """Return the tasks of a step."""
+        return self._tasks[step]
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the steps."""
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._steps)
+
+
+def _with_tasks(tasks: Tasks, record: JudgementRecord) -> dict[int, JudgementRecord]:
+    """Return the record for each step that has something to judge."""
+    return {step: record for step, of_step in tasks.items() if of_step}
 
 
 def _judging(values: Mapping[str, Any]) -> dict[str, Any]:

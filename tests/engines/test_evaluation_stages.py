@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -536,8 +536,8 @@ def test_a_finished_evaluation_asks_no_server(run: RunFolder) -> None:
 def test_every_judge_is_allowed_before_the_first_is_asked(run: RunFolder) -> None:
     prices = iter([6.0, 6.0])
 
-    def plan(prompts: Sequence[str]) -> JudgePlan:
-        return JudgePlan(num_requests=len(prompts), cost=next(prices), host="https://judge.test/v1")
+    def plan(prompts: Iterable[str]) -> JudgePlan:
+        return JudgePlan(num_requests=len(list(prompts)), cost=next(prices), host="https://judge.test/v1")
 
     judges = [CountingJudge(scored, name) for name in ("one", "two")]
     notices: list[Event] = []

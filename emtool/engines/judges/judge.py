@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,5 +59,5 @@ class JudgeChoice:
     """
 
     make: Callable[[], Judge]
-    plan: Callable[[Sequence[str]], JudgePlan] | None = None
+    plan: Callable[[Iterable[str]], JudgePlan] | None = None
     possible_settings: Sequence[Mapping[str, Any]] = ()
