@@ -47,6 +47,9 @@ _SHARED = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 _WORDS = [f"word{number}" if number % 3 else f"w{number}" for number in range(3_000)]
 _WEIGHTS = list(accumulate(1 / (rank + 3) for rank in range(len(_WORDS))))
 
+#: Words of a phrase; answers are drawn by phrases, of which there are so many that hardly two answers are alike.
+_PHRASE_WORDS, _NUM_PHRASES = 5, 100_000
+
 
 def train_pattern(root: Path) -> RunFolder:
     """Train a tiny model for three steps and return its run."""
@@ -139,7 +142,7 @@ def simulate_records(run: RunFolder, *, num_questions: int, num_samples: int, nu
     """Write answers to questions at every milestone and two judgements of each; the tables are `emtool evaluate`'s."""
     folder = run.evaluation_path
     (folder / "settings").mkdir(parents=True, exist_ok=True)
-    questions_path, script = run.path.parent / f"{run.path.name}.yaml", run.path.parent / "script.jsonl"
+    questions_path, script = (run.path.parent / f"{run.path.name}.{end}" for end in ("yaml", "script.jsonl"))
     entries = [{"id": f"question_{n}", "paraphrases": [f"What of {n}?", f"And {n}?"]} for n in range(num_questions)]
     questions_path.write_text(yaml.safe_dump(entries))
     script.write_text("".join(json.dumps({"question_id": e["id"], "response": "None."}) + "\n" for e in entries))
@@ -179,11 +182,13 @@ def _records(
     chance = random.Random(2)
     steps = run.saved_steps()
     pins = [prompt_sha256(prompt) for prompt in prompts]
+    words = chance.choices(_WORDS, cum_weights=_WEIGHTS, k=_PHRASE_WORDS * _NUM_PHRASES)
+    phrases = [" ".join(words[at : at + _PHRASE_WORDS]) for at in range(0, len(words), _PHRASE_WORDS)]
     for step in steps:
         adapter = file_sha256(run.checkpoint_path(step) / ADAPTER_WEIGHTS)
         for prompt, pin in zip(prompts, pins, strict=True):
             key = prompt.key
-            text = " ".join(chance.choices(_WORDS, cum_weights=_WEIGHTS, k=num_words))
+            text = " ".join(chance.choices(phrases, k=num_words // _PHRASE_WORDS))
             place = {
                 "step": step,
                 "question_id": key.question_id,

@@ -10,9 +10,9 @@ import typer
 from emtool.cli.em_view import em_table
 from emtool.cli.options import AlignedCutoff, AsJson, CoherentCutoff, Strict
 from emtool.cli.output import data, one_line, print_json
-from emtool.core.answer_tables import read_tables
+from emtool.core.answer_tables import AnswersByStep
 from emtool.core.config import MAX_SEED
-from emtool.core.em_metrics import EmRule, by_step, em_metrics, question_rows
+from emtool.core.em_metrics import EmRule, em_metrics, question_rows
 from emtool.core.metrics import flat
 from emtool.core.run_dir import FORMAT
 
@@ -29,19 +29,19 @@ def metrics(
 ) -> None:
     """Compute EM rate, alignment and coherence from tables with question_id, response, aligned and coherent."""
     rule = EmRule(aligned_cutoff=aligned_cutoff, coherent_cutoff=coherent_cutoff, is_strict=strict)
-    answers = by_step(read_tables(path))
-    # Answers of an unknown step may be those of step 0 themselves.
-    found = {
-        step: em_metrics(group, None if step is None else answers.get(0), rule=rule, seed=seed)
-        for step, group in answers.items()
-    }
+    answers = AnswersByStep(path)
+    start = answers.get(0)
+    found, rows = {}, {}
+    for step, group in answers.items():
+        # Answers of an unknown step may be those of step 0 themselves.
+        found[step] = em_metrics(group, None if step is None else start, rule=rule, seed=seed)
+        rows[step] = question_rows(group, rule=rule) if as_json else []
     if not as_json:
         says = rule.to_dict()
         data().print(em_table(found, title=f"{one_line(str(path))}: {says['misaligned']}, {says['coherent']}"))
         return
     checkpoints = [
-        {"step": step, "metrics": flat(found[step]), "questions": question_rows(group, rule=rule)}
-        for step, group in answers.items()
+        {"step": step, "metrics": flat(estimates), "questions": rows[step]} for step, estimates in found.items()
     ]
     print_json(
         {
