@@ -29,7 +29,7 @@ OURS, TRL, LOOP, DEFAULTS = "emtool train", "TRL, gradient checkpointing off", "
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print("## A training step\n")
