@@ -11,10 +11,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+#: Starts a command, and tells how long it took and its most memory. A small process does it: a new process counts the
+#: memory of the one that it was forked from.
+LAUNCHER = """
+import os, sys, time
+begun = time.perf_counter()
+pid = os.spawnve(os.P_NOWAIT, sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{time.perf_counter() - begun} {usage.ru_maxrss}")
+sys.exit(os.waitstatus_to_exitcode(status) and 1)
+"""
 
 ROOT = Path(__file__).resolve().parents[1]
 EMTOOL = (sys.executable, "-m", "emtool")
@@ -42,17 +53,19 @@ def run(command: Sequence[str]) -> Run:
         RuntimeError: If it fails; holds the end of what it said.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
-        begun = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, stderr=said, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begun
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as said,
+        tempfile.NamedTemporaryFile() as told,
+    ):
+        launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, told.name, *map(str, command)]
+        process = subprocess.run(launched, stdout=out, stderr=said, env=environment, check=False)
         out.seek(0)
         said.seek(0)
         if process.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: {said.read()[-2000:]}")
-        return Run(seconds=seconds, peak_bytes=usage.ru_maxrss * 1024, stdout=out.read())
+        seconds, peak_kib = Path(told.name).read_text().split()
+        return Run(seconds=float(seconds), peak_bytes=int(peak_kib) * 1024, stdout=out.read())
 
 
 def in_turn(variants: Mapping[str, Callable[[], Run]], rounds: int) -> dict[str, list[Run]]:
