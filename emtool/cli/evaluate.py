@@ -210,8 +210,15 @@ def evaluate(
     quiet_libraries()
     from emtool.engines.evaluating import run_evaluation
 
-    with progress() as on_event:
-        result = run_evaluation(run, request, watch=watch, on_event=on_event)
+    try:
+        with progress() as on_event:
+            result = run_evaluation(run, request, watch=watch, on_event=on_event)
+    except CheckpointError as error:
+        if shard is None:
+            raise
+        # The evaluation that this worker is a part of meets it too, and decides with all checkpoints before it.
+        say(str(error))
+        return
     if as_json:
         print_json(result.to_dict())
     else:

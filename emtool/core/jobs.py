@@ -143,10 +143,15 @@ def _run(command: Command, job: Job) -> str | None:
         except BaseException:
             process.send_signal(signal.SIGTERM)
             process.wait()
+            # A launcher may be gone before what it started has saved.
+            for folder in job.locked:
+                wait_for(folder)
             raise
     if code == 0:
         return None
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    number = code - 128 if code > 128 else -code
+    names = {member.value: member.name for member in signal.Signals}
+    how = f"ended by {names[number]}" if number in names and number > 0 else f"exit code {code}"
     return f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
 
 

@@ -43,6 +43,9 @@ _PLAIN = ("model", "dataset", "persona")
 #: More cells than anyone reads a table of.
 MAX_CELLS = 10_000
 
+#: What a sweep's folder holds besides its runs.
+_TAKEN = ("logs", "plots", "sweep.csv", "sweep.json")
+
 #: Characters of a file name that every file system takes, with room for what is put before and behind.
 _MAX_NAME = 200
 
@@ -193,6 +196,10 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
         )
         for combination in itertools.product(*axes)
     ]
+    if taken := [cell.name for cell in cells if cell.name in _TAKEN or cell.name.startswith("report")]:
+        raise ConfigError(
+            f"{path}: a cell would be called {taken[0]}, which the sweep's own files are; rename its value"
+        )
     counts = Counter(cell.name for cell in cells)
     for name, number in counts.items():
         if number > 1:

@@ -2,8 +2,9 @@
 
     python -m emtool.core.tied PID COMMAND...
 
-A worker that is killed cannot stop what it started. On Linux the kernel does it: the command gets SIGTERM, upon which
-a training saves its state. Elsewhere the command runs on, and who comes next waits for its lock.
+A worker that is killed cannot stop what it started. On Linux the kernel tells this process, which passes it on to the
+command and to all that the command has started: a training that is told to stop saves its state. Elsewhere the command
+runs on, and who comes next waits for its lock.
 """
 
 from __future__ import annotations
@@ -11,22 +12,37 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 
-#: Source: prctl(2), PR_SET_PDEATHSIG. The setting outlives exec.
+#: Source: prctl(2), PR_SET_PDEATHSIG.
 _PR_SET_PDEATHSIG = 1
 
 
-def main(arguments: list[str]) -> None:
-    """Tie this process to its parent and become the command."""
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code, 128 and the signal where one ended it."""
     parent, *command = arguments
+
+    def stop(_signum: int, _frame: object) -> None:
+        # Once, and not to this process again: its group is the command's, launchers and their children.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+
+    if os.getpgid(0) != os.getpid():
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, stop)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):
         # It went before it could be tied to.
-        sys.exit(128 + signal.SIGTERM)
-    os.execvp(command[0], command)  # noqa: S606 - becoming the command is the point
+        return 128 + signal.SIGTERM
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        sys.stderr.write(f"emtool: cannot start {command[0]}: {error.strerror}\n")
+        return 127
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

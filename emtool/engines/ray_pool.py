@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emtool.core.errors import BackendError, Interrupted, MissingDependencyError
-from emtool.core.interrupts import interruptible
+from emtool.core.interrupts import requested
 from emtool.core.jobs import Job, JobOutcome, run_job
 
 #: How often a job whose worker died is begun again, Ray's own default.
@@ -19,6 +19,9 @@ DEFAULT_RETRIES = 3
 
 #: How long jobs in progress have to save their state when the whole is stopped, in seconds.
 _STOP_SECONDS = 120.0
+
+#: How often a signal is looked for, in seconds.
+_LOOK_SECONDS = 0.5
 
 #: Bytes of Ray's object store: jobs pass a few texts.
 _STORE_BYTES = 80 * 2**20
@@ -52,7 +55,9 @@ class RayPool:
             BackendError: If there is no cluster, or none of its nodes can ever run such a job.
             Interrupted: On a signal, after the jobs in progress were told to stop.
         """
-        with self._cluster() as ray:
+        with self._cluster() as ray, requested() as requests:
+            # Ray's own code cannot be left by an exception: a signal waits until it is looked for here.
+            requests.is_deferring = True
             self._check_resources(ray)
             remote = ray.remote(
                 num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.max_retries, max_calls=1
@@ -64,8 +69,11 @@ class RayPool:
                     while waiting and len(running) < self.workers:
                         job = waiting.pop(0)
                         running[remote.remote(job)] = job
-                    done, _ = ray.wait(list(running))
-                    on_outcome(self._outcome(ray, done[0], running.pop(done[0])))
+                    done, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+                    for reference in done:
+                        on_outcome(self._outcome(ray, reference, running.pop(reference)))
+                    if requests.stop is not None:
+                        raise Interrupted(requests.stop)
             except Interrupted:
                 _stop(ray, list(running))
                 raise
@@ -75,6 +83,8 @@ class RayPool:
         check_ray()
         # Nothing is sent anywhere unless it was asked for.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray would kill what its workers have started at once: jobs are told to stop, and save first.
+        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
         import ray
 
         own: dict[str, Any] = {
@@ -93,9 +103,7 @@ class RayPool:
             where = f"no Ray cluster at {self.address}" if self.address else "Ray does not start on this machine"
             raise BackendError(f"{where}: {str(error).splitlines()[0]}") from error
         try:
-            # Ray has put handlers of its own in the place of emtool's.
-            with interruptible():
-                yield ray
+            yield ray
         finally:
             ray.shutdown()
 

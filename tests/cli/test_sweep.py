@@ -207,13 +207,31 @@ def kill_worker_of(cell: str) -> None:
     until(lambda: metrics.exists() and metrics.read_text().count("\n") > 60)
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "--cell" in words and cell in words:
+        if "emtool.core.tied" in words and cell in words:
             worker = process.parent()
             assert worker is not None
             assert worker.pid != os.getpid()
             worker.kill()
             return
     raise AssertionError("the training had ended")
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_that_is_stopped_saves_and_goes_on(tiny_model: Path, rows_file: Path) -> None:
+    file = sweep_file(tiny_model, rows_file, max_steps=800, grid="seed = [0]")
+    text = file.read_text()
+    file.write_text(text[: text.index("[evaluate]")].replace("every 2", "every 400"))
+    command = [*EMTOOL, "sweep", str(file), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = Path("outputs/seeds/seed-0/metrics.jsonl")
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 130, said
+    assert json.loads(Path("outputs/seeds/seed-0/run.json").read_text())["status"] == "interrupted"
+    assert RUNNER.invoke(app, ["sweep", str(file)]).exit_code == 0
+    steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    assert steps == list(range(1, 801))
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def kill_a_worker(run: RunFolder) -> None:
         time.sleep(0.02)
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if words[-2:] == ["--shard", "1"]:
+        if "emtool.core.tied" in words and words[-2:] == ["--shard", "1"]:
             worker = process.parent()
             assert worker is not None
             worker.kill()

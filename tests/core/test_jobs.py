@@ -64,7 +64,7 @@ def test_a_command_that_fails_ends_its_job_with_emtools_own_line(tmp_path: Path)
 def test_a_command_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
     found = run_job(job(tmp_path, python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")))
     assert found.problem is not None
-    assert found.problem.startswith("killed by SIGKILL")
+    assert found.problem.startswith("ended by SIGKILL")
 
 
 def test_a_folder_that_is_not_on_this_machine_is_a_failed_job(tmp_path: Path) -> None:
@@ -126,6 +126,24 @@ def test_a_command_whose_worker_is_killed_is_told_to_stop(tmp_path: Path) -> Non
     worker.kill()
     worker.wait()
     until((tmp_path / "stopped").exists)
+
+
+def test_a_launcher_that_stops_at_once_takes_what_it_started_along(tmp_path: Path) -> None:
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WAITS!r}])"
+
+    def interrupt() -> None:
+        until((tmp_path / "begun").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with interruptible(), pytest.raises(Interrupted):
+        run_job(job(tmp_path, python(launcher)))
+    until((tmp_path / "stopped").exists)
+
+
+def test_a_launcher_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    found = run_job(job(tmp_path, Command(arguments=(), launcher=("nosuchprogram",))))
+    assert str(found.problem).startswith("cannot start nosuchprogram: No such file or directory")
 
 
 def test_the_last_line_is_emtools_own_where_there_is_one(tmp_path: Path) -> None:

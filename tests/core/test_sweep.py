@@ -68,6 +68,7 @@ def test_what_a_job_takes(tmp_path: Path) -> None:
         ('[grid]\ncheckpoints = ["evry 5"]\n', "evry"),
         ("[grid]\nseed = [0, 0]\n", "2 cells would be called seed-0"),
         ('[grid]\npersona = ["a/b", "x/b"]\n', "2 cells would be called b"),
+        ('[grid]\nmodel = ["a/logs"]\n', "a cell would be called logs"),
         ("[train]\nseed = 1\n[grid]\nseed = [0]\n", "seed stands in [train] and in [grid]"),
         ("[train]\nsave_steps = 1\n[grid]\ncheckpoints = ['custom']\n", "checkpoints stands in [train] and in [grid]"),
         ("[train]\noutput_name = 'x'\n[grid]\nseed = [0]\n", "[train] output_name does not go with a sweep"),
