@@ -10,7 +10,7 @@ from emtool.core.errors import ConfigError
 from emtool.core.hardware import usable_cpu_count
 from emtool.core.jobs import InSequence, Pool
 
-WORKERS = "Workers (need Ray: pip install 'emtool\\[ray]')"
+WORKERS = "Workers (need the extra 'ray')"
 
 Workers = Annotated[
     int | None,
