@@ -6,6 +6,7 @@ wherever it runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -139,7 +140,7 @@ def _run(command: Command, job: Job) -> str | None:
             start_new_session=True,
         )
         try:
-            code = process.wait()
+            code = _wait(process)
         except BaseException:
             process.send_signal(signal.SIGTERM)
             process.wait()
@@ -153,6 +154,13 @@ def _run(command: Command, job: Job) -> str | None:
     names = {member.value: member.name for member in signal.Signals}
     how = f"ended by {names[number]}" if number in names and number > 0 else f"exit code {code}"
     return f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of a process, awake now and then: Ray asks a worker to stop without a signal."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=_PAUSE_SECONDS)
 
 
 def _environment(job: Job) -> dict[str, str]:
