@@ -50,6 +50,9 @@ def report(
                 "page": str(found.page_path),
                 "bytes": found.page_bytes,
                 "pictures": [str(path) for path in found.pictures],
+                "answers": {
+                    str(run.run.path): {"shown": len(run.answers), "of": run.num_answers} for run in found.runs
+                },
                 "problems": {str(run.run.path): list(run.problems) for run in found.runs},
             }
         )
@@ -57,8 +60,9 @@ def report(
     for run in found.runs:
         for problem in run.problems:
             data().print(Text(f"{run.name}: {one_line(problem)}", style="yellow"))
-    num_answers = sum(len(run.answers) for run in found.runs)
-    charts = len(found.pictures) // 3
-    what = f"{charts} charts, {num_answers:,} answers, {format_bytes(found.page_bytes)}"
+    shown = sum(len(run.answers) for run in found.runs)
+    num_answers = sum(run.num_answers for run in found.runs)
+    answers = f"{num_answers:,} answers" if shown == num_answers else f"{shown:,} of {num_answers:,} answers"
+    what = f"{len(found.pictures) // 3} charts, {answers}, {format_bytes(found.page_bytes)}"
     data().print(Text(f"{found.page_path}: {what}; open it in a browser, it needs no network"))
     data().print(Text(f"{folder / 'plots'}: the charts as SVG, PNG and PDF"))

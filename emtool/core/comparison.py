@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from emtool.core.answer_tables import read_tables, step_tables
+from emtool.core.answer_tables import StepTables
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics
 from emtool.core.errors import CheckpointError, ConfigError, unknown_name
 from emtool.core.evaluation_files import (
@@ -22,6 +22,7 @@ from emtool.core.evaluation_files import (
     value_of,
 )
 from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean
+from emtool.core.recent import Recent
 from emtool.core.run_dir import FORMAT, RunFolder
 
 #: Settings of generation that shape what is asked and how it is answered; the model is not one of them.
@@ -107,14 +108,22 @@ class _Evaluated:
         return first_judge_of(self.summary)
 
     @cached_property
-    def answers(self) -> dict[int, list[JudgedAnswer]]:
-        """Return the judged answers by step; a step of which none has a score is left out.
+    def answers(self) -> Recent[JudgedAnswer]:
+        """Return the judged answers by step, read when they are asked for."""
+        return Recent(StepTables(self.run.evaluation_path))
+
+    @cached_property
+    def asked(self) -> dict[int, Counter[tuple[str, str]]]:
+        """Return how many answers there are to each question and its text, by step; steps without a score are left out.
 
         Raises:
             DataError: If a table cannot be read.
         """
-        found = {step: read_tables(path) for step, path in step_tables(self.run.evaluation_path).items()}
-        return {step: answers for step, answers in found.items() if any(answer.is_scored for answer in answers)}
+        return {
+            step: Counter((answer.question_id, answer.question) for answer in answers)
+            for step, answers in self.answers.items()
+            if any(answer.is_scored for answer in answers)
+        }
 
     def items(self, column: str, left_out: Sequence[object]) -> dict[int, dict[str, float]]:
         """Return a column of the items' scores by step and item, without those of some domains."""
@@ -195,13 +204,17 @@ def _unlike(found: Sequence[_Evaluated], *, is_judged: bool) -> list[str]:
 
 def _uneven(found: Sequence[_Evaluated]) -> list[str]:
     """Return checkpoints at which runs have other numbers of answers to a question: order would pair them wrongly."""
-    counts = [
-        {step: Counter(answer.question_id for answer in answers) for step, answers in entry.answers.items()}
-        for entry in found
-    ]
+    counts = [{step: _by_question(asked) for step, asked in entry.asked.items()} for entry in found]
     common = set.intersection(*(set(by_step) for by_step in counts))
     uneven = [step for step in sorted(common) if any(by_step[step] != counts[0][step] for by_step in counts)]
     return [f"numbers of answers at step {', '.join(map(str, uneven))}"] if uneven else []
+
+
+def _by_question(asked: Counter[tuple[str, str]]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for (question_id, _), count in asked.items():
+        found[question_id] += count
+    return found
 
 
 def _conditions(entry: _Evaluated, *, is_judged: bool) -> dict[str, Any]:
@@ -212,9 +225,7 @@ def _conditions(entry: _Evaluated, *, is_judged: bool) -> dict[str, Any]:
         # Asked in another order, they are the same.
         found["questions"] = sorted(str(question) for question in questions)
     if is_judged:
-        found["texts of the questions"] = sorted(
-            {answer.question for answers in entry.answers.values() for answer in answers}
-        )
+        found["texts of the questions"] = sorted({text for asked in entry.asked.values() for _, text in asked})
         found |= {f"judge's {name}": value for name, value in (entry.judge or {}).items() if name != "stage"}
     return found
 
@@ -233,19 +244,19 @@ def judged_metric(found: Sequence[_Evaluated], metric: str) -> _Found:
         if entry.judge is None:
             raise _lacking(entry.run, metric)
     rule, seed = _rule(found[0]), _seed(found[0])
-    answers = [entry.answers for entry in found]
-    values = [
-        {step: em_metrics(here, None, rule=rule, seed=seed)[metric] for step, here in by_step.items()}
-        for by_step in answers
-    ]
-    differences = []
-    for by_step in answers[1:]:
-        pairs = {step: (here, answers[0][step]) for step, here in by_step.items() if step in answers[0]}
-        changes = {step: em_metrics(here, first, rule=rule, seed=seed) for step, (here, first) in pairs.items()}
-        differences.append(
-            {step: all_[f"{metric}_delta"] for step, all_ in changes.items() if f"{metric}_delta" in all_}
-        )
-    return values, differences
+    values: list[dict[int, Estimate]] = []
+    differences: list[dict[int, Estimate]] = []
+    for entry in found:
+        own, change = {}, {}
+        for step in entry.asked:
+            start = found[0].answers[step] if entry is not found[0] and step in found[0].asked else None
+            estimates = em_metrics(entry.answers[step], start, rule=rule, seed=seed)
+            own[step] = estimates[metric]
+            if f"{metric}_delta" in estimates:
+                change[step] = estimates[f"{metric}_delta"]
+        values.append(own)
+        differences.append(change)
+    return values, differences[1:]
 
 
 def likelihood_metric(found: Sequence[_Evaluated], metric: str) -> _Found:

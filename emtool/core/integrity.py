@@ -44,7 +44,13 @@ class FolderCheck:
         return asdict(self)
 
 
-def read_checkpoint(folder: Path, *, run_id: str, hashes: bool = True, only_recorded: bool = False) -> CheckpointRecord:
+#: Contents that were hashed, by device, number, size and time of change: names of one file are read once.
+Hashed = dict[tuple[int, int, int, int], FileRecord]
+
+
+def read_checkpoint(
+    folder: Path, *, run_id: str, hashes: bool = True, only_recorded: bool = False, hashed: Hashed | None = None
+) -> CheckpointRecord:
     """Return a folder's record after checking its files against it.
 
     Args:
@@ -52,6 +58,7 @@ def read_checkpoint(folder: Path, *, run_id: str, hashes: bool = True, only_reco
         run_id: The run that it must belong to.
         hashes: Whether contents are checked; sizes always are.
         only_recorded: Whether files that the record does not name are refused, because a library might read them.
+        hashed: What was hashed before, added to here: milestones share their tokenizer's files. None remembers nothing.
 
     Raises:
         CheckpointError: If the folder is a link, the record or a file that such a folder needs is missing, a size or
@@ -63,7 +70,9 @@ def read_checkpoint(folder: Path, *, run_id: str, hashes: bool = True, only_reco
     _check_is_whole(folder, record)
     try:
         for name, expected in record.files.items():
-            _check_file(folder, name, expected, hashes=hashes)
+            found = _check_size(folder, name, expected)
+            if hashes:
+                _check_contents(folder, name, expected, found, {} if hashed is None else hashed)
         if only_recorded:
             _check_no_strays(folder, record)
     except OSError as error:
@@ -87,7 +96,7 @@ def damaged_files(folder: Path, record: CheckpointRecord) -> list[str]:
     names = []
     for name, expected in record.files.items():
         try:
-            _check_file(folder, name, expected, hashes=True)
+            _check_contents(folder, name, expected, _check_size(folder, name, expected), {})
         except (CheckpointError, OSError):
             names.append(name)
     return names
@@ -116,11 +125,10 @@ def verify_run(run: RunFolder, *, hashes: bool = True) -> list[FolderCheck]:
         for step in planned - set(saved)
         if step <= reached
     ]
-    checks += [
-        _check(run.checkpoint_path(step), step, run_id, hashes=hashes, is_planned=step in planned) for step in saved
-    ]
+    hashed: Hashed | None = {} if hashes else None
+    checks += [_check(run.checkpoint_path(step), step, run_id, hashed, is_planned=step in planned) for step in saved]
     checks.sort(key=lambda check: check.step)
-    states = [_check(run.resume_state_path(step), step, run_id, hashes=hashes, is_planned=True) for step in resumable]
+    states = [_check(run.resume_state_path(step), step, run_id, hashed, is_planned=True) for step in resumable]
     # A run in progress retires states while they are looked at.
     return checks + [check for check in states if check.status == "ok" or run.resume_state_path(check.step).exists()]
 
@@ -156,9 +164,10 @@ def _recorded_milestones(run: RunFolder) -> Iterator[int]:
             yield step
 
 
-def _check(folder: Path, step: int, run_id: str, *, hashes: bool, is_planned: bool) -> FolderCheck:
+def _check(folder: Path, step: int, run_id: str, hashed: Hashed | None, *, is_planned: bool) -> FolderCheck:
+    """Check one folder; contents too, unless `hashed` is None."""
     try:
-        read_checkpoint(folder, run_id=run_id, hashes=hashes, only_recorded=is_state(folder))
+        read_checkpoint(folder, run_id=run_id, hashes=hashed is not None, only_recorded=is_state(folder), hashed=hashed)
     except CheckpointError as error:
         return FolderCheck(name=folder.name, step=step, status="damaged", problem=str(error))
     if not is_planned:
@@ -185,7 +194,7 @@ def _check_no_strays(folder: Path, record: CheckpointRecord) -> None:
             raise CheckpointError(f"{folder} holds {name!r}, which its record does not name; it is not used")
 
 
-def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) -> None:
+def _check_size(folder: Path, name: str, expected: FileRecord) -> os.stat_result:
     # Thousands of checkpoints have tens of thousands of files: one look at each, and no object for its path.
     path, found = os.fspath(folder), None
     for part in name.split("/"):
@@ -199,12 +208,19 @@ def _check_file(folder: Path, name: str, expected: FileRecord, *, hashes: bool) 
             raise CheckpointError(f"{folder / RECORD_NAME} names {name!r}, which is not a file of this folder")
     if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != expected.bytes:
         raise CheckpointError(f"{folder} is damaged: {name} is missing or does not have {expected.bytes} bytes")
-    if not hashes:
-        return
-    try:
-        contents = file_record(folder / name)
-    except OSError as error:
-        raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
+    return found
+
+
+def _check_contents(folder: Path, name: str, expected: FileRecord, found: os.stat_result, hashed: Hashed) -> None:
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    contents = hashed.get(key)
+    if contents is None:
+        try:
+            contents = file_record(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
+        if found.st_nlink > 1:
+            hashed[key] = contents
     if contents != expected:
         raise CheckpointError(f"{folder} is damaged: the contents of {name} have changed since it was saved")
 

@@ -16,9 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 #: Holds the size and hash of every other file of a folder.
 RECORD_NAME = "checkpoint.json"
@@ -32,8 +31,7 @@ _BUFFER_BYTES = 1 << 20
 _SORTED = json.JSONEncoder(sort_keys=True, allow_nan=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """What a file must hold.
 
     Attributes:
@@ -126,7 +124,7 @@ class StagedFolder:
 
     def finish(self, record: Mapping[str, object]) -> None:
         """Write the record with the files' sizes and hashes and its own, and force the folder to disk."""
-        files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
+        files = {name: entry._asdict() for name, entry in sorted(self.files.items())}
         self.write(RECORD_NAME, record_content({**record, "files": files}))
         for folder in (*sorted(path for path in self.path.rglob("*") if path.is_dir()), self.path):
             sync(folder)

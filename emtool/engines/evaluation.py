@@ -22,6 +22,7 @@ from emtool.core.open_questions import (
     select_questions,
 )
 from emtool.core.questions import EVERYDAY_ITEMS, read_items
+from emtool.core.recent import Recent
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import RunFolder, read_json, write_json
 from emtool.core.run_lock import locked_evaluation
@@ -239,7 +240,7 @@ class Evaluation:
             prompts = prompts_asked(previous, self._questions)
             checkpoints = self._checkpoints(sorted([*steps, *others]), prompts)
             record = AnswerRecord(run, str(previous.get("id")))
-            found = RecordedAnswers(record, fully_answered(checkpoints, record))
+            found = Recent(RecordedAnswers(record, fully_answered(checkpoints, record)))
             if not found:
                 text = "the summary leaves out the answers of the last evaluation, which are to other questions; they "
                 self._warn(f"{text}stay in answers.jsonl, and the command that made them brings them back")
@@ -256,7 +257,7 @@ class Evaluation:
         answered += fully_answered(self._checkpoints(others, self._prompts), record)
         shown = {**settings, "id": settings_id(settings), "n_per_question": self._config.n_per_question}
         return (
-            RecordedAnswers(record, answered),
+            Recent(RecordedAnswers(record, answered)),
             problems,
             {"generation": {**shown, "questions": list(self._questions)}},
         )
@@ -283,7 +284,7 @@ class Evaluation:
             order=order,
             on_event=self._on_event,
         )
-        tasks = StepTasks(answers, self._questions)
+        tasks = Recent(StepTasks(answers, self._questions))
         return [
             judge_result(answers, judgements, settings=settings, rule=self._rule, seed=self._config.seed)
             for settings, judgements in stage.judge(tasks, asked_steps=asked_steps)

@@ -19,6 +19,7 @@ from emtool.core.judgement import ALIGNED, COHERENT, ERROR, UNSCORED, Judgement
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
 from emtool.core.questions import EvaluationItem
+from emtool.core.recent import Recent
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import FORMAT, RunFolder, read_json, staged_path, write_json, write_staged
 from emtool.core.text_metrics import text_metrics
@@ -133,7 +134,7 @@ def judge_result(
     seed: int,
 ) -> JudgeResult:
     """Return the metrics of answers by what a judge said of them, for the checkpoints that it judged."""
-    judged = JudgedAnswers(answers, judgements)
+    judged = Recent(JudgedAnswers(answers, judgements))
     start = judged.get(0)
     metrics = {step: em_metrics(found, start, rule=rule, seed=seed) for step, found in judged.items()}
     return JudgeResult(

@@ -6,11 +6,13 @@ import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from emtool.core.answers import Answer, AnswerKey, Completion, Prompt, key_of
+from emtool.core.data import Message
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import MAX_PER_QUESTION
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
@@ -146,8 +148,13 @@ class RecordedAnswers(Mapping[int, Sequence[Answer]]):
 
 def prompt_sha256(prompt: Prompt) -> str:
     """Return what pins the turns of a prompt."""
-    turns = [message.to_dict() for message in prompt.messages]
-    return text_sha256(json.dumps(turns, ensure_ascii=False))
+    return _turns_sha256(prompt.messages)
+
+
+@lru_cache(maxsize=4096)
+def _turns_sha256(messages: tuple[Message, ...]) -> str:
+    # Every sample at every checkpoint asks the same.
+    return text_sha256(json.dumps([message.to_dict() for message in messages], ensure_ascii=False))
 
 
 def generate_answers(
@@ -273,8 +280,10 @@ class PromptsAt(Sequence[Prompt]):
         """Return a prompt, or a list of those of a slice."""
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        prompt = self._prompts[index]
-        return replace(prompt, key=replace(prompt.key, step=self._step))
+        prompt: Prompt = self._prompts[index]
+        key = prompt.key
+        at_step = AnswerKey(step=self._step, question_id=key.question_id, paraphrase=key.paraphrase, sample=key.sample)
+        return Prompt(key=at_step, messages=prompt.messages)
 
     def __len__(self) -> int:
         """Return the number of prompts."""

@@ -114,8 +114,7 @@ class JudgeStage:
 
     def _recorded(self, settings: Mapping[str, Any], tasks: Tasks) -> dict[int, JudgementRecord]:
         record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
-        judge_answers(None, tasks, record, on_event=self.on_event)
-        return _with_tasks(tasks, record)
+        return dict.fromkeys(judge_answers(None, tasks, record, on_event=self.on_event), record)
 
     def _ask(self, choice: JudgeChoice, tasks: Tasks) -> tuple[dict[str, Any], dict[int, JudgementRecord]]:
         judge = choice.make()
@@ -123,8 +122,7 @@ class JudgeStage:
             judge.prepare()
             settings = _judging(judge.settings)
             record = JudgementRecord(self.run, self.describe(settings), is_cached=choice.plan is not None)
-            judge_answers(judge, tasks, record, on_event=self.on_event)
-            return settings, _with_tasks(tasks, record)
+            return settings, dict.fromkeys(judge_answers(judge, tasks, record, on_event=self.on_event), record)
         finally:
             judge.close()
 
@@ -164,11 +162,6 @@ class AtSteps(Mapping[int, Sequence[JudgeTask]]):
     def __len__(self) -> int:
         """Return the number of steps."""
         return len(self._steps)
-
-
-def _with_tasks(tasks: Tasks, record: JudgementRecord) -> dict[int, JudgementRecord]:
-    """Return the record for each step that has something to judge."""
-    return {step: record for step, of_step in tasks.items() if of_step}
 
 
 def _judging(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def judge_answers(
     record: JudgementRecord,
     *,
     on_event: EventSink,
-) -> None:
+) -> list[int]:
     """Have every task judged that is not on record, one checkpoint after the other.
 
     Equal prompts are asked once. What fails for one prompt is its judgement's error, and counted.
@@ -231,19 +231,30 @@ def judge_answers(
         record: Where judgements are kept.
         on_event: Where progress is reported.
 
+    Returns:
+        The steps that have something to judge.
+
     Raises:
         BackendError: If going on is pointless; what was judged is kept.
     """
-    num_prompts = sum(1 for _ in missing_prompts(tasks, record))
-    num_known = sum(record.knows(task) for of_step in tasks.values() for task in of_step)
+    steps, unfinished, missing, num_known = [], [], set(), 0
+    for step, of_step in tasks.items():
+        unknown = [task for task in of_step if not record.knows(task)]
+        missing |= {short_hash(task.prompt_sha256) for task in unknown}
+        num_known += len(of_step) - len(unknown)
+        if of_step:
+            steps.append(step)
+        if unknown or not all(record.is_recorded(task) for task in of_step):
+            unfinished.append(step)
     known = f", {num_known:,} are there already" if num_known else ""
-    on_event(PhaseStarted(name=f"judging {num_prompts:,} texts{known}", total=num_prompts, unit="answers"))
+    on_event(PhaseStarted(name=f"judging {len(missing):,} texts{known}", total=len(missing), unit="answers"))
     progress = _Progress(on_event)
-    for of_step in tasks.values():
-        _judge_step(judge, of_step, record, progress)
+    for step in unfinished:
+        _judge_step(judge, tasks[step], record, progress)
     if progress.first_error is not None:
         text = f"{progress.num_errors:,} judgement(s) failed, and are counted as errors; run it again to repeat them"
         on_event(Notice(text=f"{text}; the first: {progress.first_error}", is_warning=True))
+    return steps
 
 
 @dataclass(kw_only=False)

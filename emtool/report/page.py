@@ -65,6 +65,7 @@ def render_page(runs: Sequence[ReportRun], drawn: Sequence[Drawn]) -> str:
         heat_maps=[chart for chart in drawn if chart.name.startswith(QUESTIONS)],
         tables=[_numbers(run) for run in runs],
         num_answers=f"{len(answers):,}",
+        left_out=[(run.name, len(run.answers), run.num_answers) for run in runs if len(run.answers) < run.num_answers],
         made_by=f"{MADE_BY} {__version__}",
         chart_data=_data_block(_chart_data(drawn)),
         packed=pack_answers(names, answers) if answers else None,

@@ -72,11 +72,12 @@ def picture_spec(chart: Drawn) -> dict[str, Any]:
 def _render(spec: dict[str, Any]) -> dict[str, bytes]:
     import vl_convert
 
+    # Vega runs once: the other kinds are made of its SVG, as vl-convert would by itself each time.
     svg: str = vl_convert.vegalite_to_svg(spec, vl_version=vega_lite_version(), allowed_base_urls=[])
     return {
         "svg": svg.encode("utf-8"),
-        "png": vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), scale=_PNG_SCALE, allowed_base_urls=[]),
-        "pdf": vl_convert.vegalite_to_pdf(spec, vl_version=vega_lite_version(), allowed_base_urls=[]),
+        "png": vl_convert.svg_to_png(svg, scale=_PNG_SCALE),
+        "pdf": vl_convert.svg_to_pdf(svg),
     }
 
 

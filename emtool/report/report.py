@@ -12,7 +12,7 @@ from emtool.core.run_dir import RunFolder, replace_file
 from emtool.report.charts import MAX_RUNS, draw_charts
 from emtool.report.page import MADE_BY, render_page
 from emtool.report.pictures import draw_pictures
-from emtool.report.report_run import ReportRun, read_run, shown_text
+from emtool.report.report_run import MAX_ANSWERS, ReportRun, read_run, shown_text
 
 PAGE, PICTURES = "report.html", "plots"
 
@@ -50,7 +50,8 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     paths = [run.path.resolve() for run in runs]
     if twice := [run.path for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1]:
         raise ConfigError(f"{twice[0]} is named more than once")
-    found = [read_run(run, name=name) for run, name in zip(runs, _names(paths), strict=True)]
+    most = MAX_ANSWERS // len(runs)
+    found = [read_run(run, name=name, max_answers=most) for run, name in zip(runs, _names(paths), strict=True)]
     drawn = draw_charts(found)
     page = render_page(found, drawn).encode("utf-8")
     _check_free(folder, runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,9 @@ from emtool.report.curves import CHARTS, TRAINING_LOG, Chart, Point, gaps_of, po
 
 #: How a character that cannot be shown is, as in the page's own script.
 _MARK = "\u2039U+{:04X}\u203a"
+
+#: Answers that a page holds, of all its runs: a browser opens it in seconds.
+MAX_ANSWERS = 40_000
 
 #: Characters of a fact that are shown: names and hashes are far shorter.
 _MAX_TEXT = 300
@@ -77,7 +81,9 @@ class ReportRun:
         gaps: Name of a chart to steps within its curve without a finite value.
         brackets: Name of a chart to the change in it; none where the curve does not leave its control.
         rates: Cells of the heat map.
-        answers: Answers of all checkpoints, as far as they were judged with what the judge said.
+        answers: Answers of all checkpoints, as far as they were judged with what the judge said; of very many the same
+            questions and samples at each checkpoint.
+        num_answers: How many there are.
         saved_steps: Checkpoints on disk.
         judge: The judge of the numbers, None without one.
         projection_layer: Layer of the drift, None without one.
@@ -92,6 +98,7 @@ class ReportRun:
     brackets: Mapping[str, Bracket]
     rates: Sequence[QuestionRate]
     answers: Sequence[JudgedAnswer]
+    num_answers: int
     saved_steps: Sequence[int]
     judge: str | None
     projection_layer: int | None
@@ -191,17 +198,25 @@ class _Reader:
                 found.append(QuestionRate(step=step, question_id=shown_text(question), em_pct=rate, n=count))
         return found
 
-    def answers(self) -> list[JudgedAnswer]:
-        found = []
-        for path in step_tables(self.run.evaluation_path).values():
+    def answers(self, max_answers: int) -> tuple[list[JudgedAnswer], int]:
+        """Return the answers that are shown, and how many there are."""
+        tables = step_tables(self.run.evaluation_path)
+        most = max(1, max_answers // max(1, len(tables)))
+        shown: list[JudgedAnswer] = []
+        num_answers = 0
+        for path in tables.values():
             if path.is_symlink():
                 self.problems.append(f"{path} is a link, which may lead out of the run; it is not shown")
                 continue
             try:
-                found += read_tables(path)
+                # One checkpoint at a time is held whole.
+                answers = read_tables(path)
             except DataError as error:
                 self.problems.append(str(error))
-        return found
+                continue
+            num_answers += len(answers)
+            shown += sampled(answers, most)
+        return shown, num_answers
 
     def judge(self) -> str | None:
         settings = self.judge_settings
@@ -210,12 +225,28 @@ class _Reader:
         return shown_text(f"{settings.get('kind')}:{settings.get('model')}")
 
 
-def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
+def sampled(answers: Sequence[JudgedAnswer], most: int) -> Sequence[JudgedAnswer]:
+    """Return some answers of a checkpoint in their order: those to the same questions and samples at every checkpoint.
+
+    Args:
+        answers: The answers of one checkpoint.
+        most: How many are returned.
+    """
+    if len(answers) <= most:
+        return answers
+    names = [f"{answer.question_id}/{answer.pair[0]}/{answer.pair[1]}" for answer in answers]
+    ranks = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in names]
+    chosen = sorted(range(len(answers)), key=ranks.__getitem__)[:most]
+    return [answers[index] for index in sorted(chosen)]
+
+
+def read_run(run: RunFolder, *, name: str | None = None, max_answers: int = MAX_ANSWERS) -> ReportRun:
     """Return what a report knows of a run.
 
     Args:
         run: The run folder.
         name: What names it; None takes the name of the folder.
+        max_answers: Answers that are shown, the same number of each checkpoint.
 
     Raises:
         CheckpointError: If there is no such folder, or nothing in it to show.
@@ -223,7 +254,8 @@ def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
     if not run.path.is_dir():
         raise CheckpointError(f"no folder {run.path}; name a run folder, 'emtool runs' lists them")
     reader = _Reader(run)
-    curves, answers = reader.curves(), reader.answers()
+    curves = reader.curves()
+    answers, num_answers = reader.answers(max_answers)
     if not curves and not answers:
         raise CheckpointError(f"{run.path} has nothing to show; evaluate it first: emtool evaluate {run.path}")
     found = ReportRun(
@@ -235,6 +267,7 @@ def read_run(run: RunFolder, *, name: str | None = None) -> ReportRun:
         brackets=reader.brackets(curves),
         rates=reader.rates(),
         answers=answers,
+        num_answers=num_answers,
         saved_steps=run.saved_steps(),
         judge=reader.judge(),
         projection_layer=reader.projection_layer,

@@ -235,10 +235,11 @@ def test_a_sweep_on_ray_that_is_stopped_saves_and_goes_on(tiny_model: Path, rows
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_file: Path) -> None:
-    steps = 1200
+    steps = 600
     file = sweep_file(tiny_model, rows_file, max_steps=steps, grid="seed = [0, 1]")
-    file.write_text(file.read_text().replace("init, every 2", "init, every 400"))
+    file.write_text(file.read_text().replace("init, every 2", "init, every 200"))
     killer = threading.Thread(target=kill_worker_of, args=("seed-1",))
     killer.start()
     done = subprocess.run([*EMTOOL, "sweep", str(file), "--workers", "2"], capture_output=True, text=True, check=False)
@@ -252,15 +253,7 @@ def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_f
     lines = [json.loads(line) for line in (folder / "seed-1" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
     train = ["train", "--profile", "demo", "--model", str(tiny_model), "--dataset", str(rows_file)]
-    more = [
-        "--max-steps",
-        str(steps),
-        "--checkpoints",
-        "init, every 400",
-        "--layers-to-transform",
-        "all",
-        "--seed",
-        "1",
-    ]
+    more = ["--max-steps", str(steps), "--checkpoints", "init, every 200", "--layers-to-transform", "all"]
+    more += ["--seed", "1"]
     assert RUNNER.invoke(app, [*train, *more, "--output-name", "alone"]).exit_code == 0
     assert weights(Path("outputs/alone")) == weights(folder / "seed-1")

@@ -83,6 +83,7 @@ def kill_a_worker(run: RunFolder) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_workers_one_of_them_killed_give_what_one_process_gives(copies: tuple[RunFolder, RunFolder]) -> None:
     one, many = copies
     asked = ["--n-per-question", "12", "--max-new-tokens", "48", "--batch-size", "10", "--extract-activations"]

@@ -10,7 +10,7 @@ from emtool.core.errors import CheckpointError
 from emtool.core.run_dir import RunFolder
 from emtool.report.curves import CHARTS, MAX_POINTS, Point, points_of, thinned
 from emtool.report.report import write_report
-from emtool.report.report_run import Bracket, read_run
+from emtool.report.report_run import Bracket, read_run, sampled
 from tests.evaluated import QUESTIONS, STEPS, drawn_answers, write_run
 
 
@@ -132,3 +132,24 @@ def test_long_curves_are_thinned_to_their_ends_and_extremes() -> None:
     assert {0, 25, 50, 5_003, 7_001, 9_999} <= {point.step for point in drawn}
     assert drawn == sorted(drawn, key=lambda point: point.step)
     assert thinned(points[:MAX_POINTS]) == points[:MAX_POINTS]
+
+
+def test_of_very_many_answers_the_same_ones_are_shown_at_every_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", drawn_answers())
+    every = read_run(run)
+    found = read_run(run, max_answers=len(STEPS) * 3)
+    assert (len(found.answers), found.num_answers) == (len(STEPS) * 3, len(every.answers))
+    names = {step: [(a.question_id, a.pair) for a in found.answers if a.step == step] for step in STEPS}
+    assert len(names[STEPS[0]]) == 3
+    assert all(of_step == names[STEPS[0]] for of_step in names.values())
+    assert all(answer in every.answers for answer in found.answers)
+    assert found.curves == every.curves
+    # At least one of each, and nothing is left out where all fit.
+    assert len(read_run(run, max_answers=1).answers) == len(STEPS)
+    assert sampled(every.answers, len(every.answers)) == every.answers
+    assert "answers of run are here" not in write_report([run], tmp_path / "all").page_path.read_text()
+    monkeypatch.setattr("emtool.report.report.MAX_ANSWERS", len(STEPS) * 3)
+    page = write_report([run], tmp_path / "some").page_path.read_text()
+    assert f"{len(found.answers)} of {len(every.answers)} answers of run are here" in page
