@@ -8,13 +8,14 @@ from typing import Any
 from emtool.core.errors import ConfigError, unknown_name
 
 
-def as_arguments(command: Any, values: Mapping[str, object], *, where: str) -> list[str]:
+def as_arguments(command: Any, values: Mapping[str, object], *, where: str, without: Collection[str] = ()) -> list[str]:
     """Return option values as arguments of a command.
 
     Args:
         command: The command.
         values: Parameter name to value; a list gives the option several times, or joined by commas where it takes one.
         where: Where the values stand, for messages.
+        without: Options that are not offered.
 
     Raises:
         ConfigError: If the command has no such option, or a value is of a wrong type.
@@ -23,7 +24,7 @@ def as_arguments(command: Any, values: Mapping[str, object], *, where: str) -> l
     arguments: list[str] = []
     for name, value in values.items():
         if name not in options:
-            raise unknown_name(f"option in {where}", name, options)
+            raise unknown_name(f"option in {where}", name, [known for known in options if known not in without])
         option = options[name]
         if option.is_flag != isinstance(value, bool):
             raise ConfigError(f"{where} {name} = {value!r} is not {'true or false' if option.is_flag else 'a value'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,13 +24,27 @@ from emtool.core.evaluation_request import read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_settings
 from emtool.core.hardware import cuda_device_count
-from emtool.core.jobs import JobOutcome
+from emtool.core.jobs import JobOutcome, command_path
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
 from emtool.core.settings import Settings, file_layers
+from emtool.core.steps import select_steps
 from emtool.core.sweep import Cell, Sweep, read_sweep
 from emtool.core.sweep_folder import CellState, SweepFolder, metric_rows
+
+#: Options of `emtool evaluate` that belong to the sweep, or to no evaluation of a cell.
+_NOT_IN_SWEEPS = (
+    "run_path",
+    "workers",
+    "address",
+    "output_root",
+    "watch",
+    "dry_run",
+    "as_json",
+    "base_model",
+    "shard",
+)
 
 
 def sweep(
@@ -55,7 +70,9 @@ def sweep(
         _train_cell(asked, asked.cell(cell), folder, check_disk=not allow_low_disk)
         return
     evaluate = None if asked.evaluate is None else _evaluate_arguments(asked, folder)
+    _check_launcher(asked, is_elsewhere=address is not None)
     plans = _plans(asked, folder, fetches=not dry_run, is_elsewhere=address is not None)
+    _check_evaluated_steps(asked, plans)
     states = folder.states(asked)
     if dry_run:
         if as_json:
@@ -145,13 +162,43 @@ def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
     command = load_command("evaluate")
     assert asked.evaluate is not None
     where = f"{asked.path}: [evaluate]"
-    for name in ("workers", "address", "output_root", "watch", "dry_run", "as_json", "base_model", "shard"):
+    for name in _NOT_IN_SWEEPS:
         if name in asked.evaluate:
             raise ConfigError(f"{where} {name} does not go with a sweep")
-    arguments = as_arguments(command, asked.evaluate, where=where)
+    arguments = as_arguments(command, asked.evaluate, where=where, without=_NOT_IN_SWEEPS)
     context = command.make_context("evaluate", list(arguments))
     read_request(folder.run_of(asked.cells[0]), context.params)
     return arguments
+
+
+def _check_launcher(asked: Sweep, *, is_elsewhere: bool) -> None:
+    """Refuse a launcher that is not installed; on other machines it is looked for when a job starts.
+
+    Raises:
+        ConfigError: Names it.
+    """
+    if not asked.job.launcher or is_elsewhere:
+        return
+    command = asked.job.launcher[0]
+    if shutil.which(command, path=command_path()) is None:
+        raise ConfigError(f"{asked.path}: [job] launcher: there is no command {command!r} on this machine")
+
+
+def _check_evaluated_steps(asked: Sweep, plans: Sequence[RunPlan]) -> None:
+    """Refuse steps to evaluate that a cell will not save; what a launcher's processes save is known when they run.
+
+    Raises:
+        ConfigError: Names the cell.
+    """
+    steps = (asked.evaluate or {}).get("steps")
+    if steps is None or asked.job.launcher:
+        return
+    text = ",".join(map(str, steps)) if isinstance(steps, list) else str(steps)
+    for cell, plan in zip(asked.cells, plans, strict=True):
+        try:
+            select_steps(text, plan.schedule.planned_steps)
+        except EmtoolError as error:
+            raise ConfigError(f"cell {cell.name}: {asked.path}, [evaluate]: {error}") from error
 
 
 def _check_unchanged(states: Sequence[CellState], plans: Sequence[RunPlan]) -> None:

@@ -14,8 +14,8 @@ from emtool.core.evaluation_files import value_of
 from emtool.core.run_plan import RunPlan
 from emtool.core.sweep_folder import CellState, checkpoint_metrics
 
-#: What is shown of an evaluated cell: the first of these that every one of them has.
-SHOWN_METRICS = ("em_pct", "p_wrong_other", "p_wrong")
+#: What is shown of an evaluated cell: the first of these that every one of them has, else the first that one has.
+SHOWN_METRICS = ("em_pct", "p_wrong_other", "p_wrong", "answer_words")
 
 
 def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan], *, launcher: Sequence[str] = ()) -> RenderableType:
@@ -72,10 +72,9 @@ def result_view(states: Sequence[CellState]) -> RenderableType:
 
 
 def _common_metric(every: Sequence[Sequence[tuple[int, Mapping[str, object]]]]) -> str | None:
-    for metric in SHOWN_METRICS:
-        if every and all(_value(entries[-1][1], metric) is not None for entries in every):
-            return metric
-    return None
+    known = [{metric for metric in SHOWN_METRICS if _value(entries[-1][1], metric) is not None} for entries in every]
+    shared, some = set.intersection(*known) if known else set(), set().union(*known)
+    return next((metric for metric in SHOWN_METRICS if metric in (shared or some)), None)
 
 
 def _ends(entries: Sequence[tuple[int, Mapping[str, object]]], metric: str) -> tuple[str, ...]:

@@ -164,9 +164,13 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Return the variables of a job: launchers that were installed with emtool are found without its activation."""
-    path = os.pathsep.join(filter(None, (str(Path(sys.executable).parent), os.environ.get("PATH"))))
-    return {**os.environ, "PATH": path, **dict(job.environment)}
+    """Return the variables of a job."""
+    return {**os.environ, "PATH": command_path(), **dict(job.environment)}
+
+
+def command_path() -> str:
+    """Return where jobs look for commands: what was installed with emtool is found without its activation."""
+    return os.pathsep.join(filter(None, (str(Path(sys.executable).parent), os.environ.get("PATH"))))
 
 
 def wait_for(folder: Path) -> None:

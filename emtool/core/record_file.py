@@ -35,17 +35,20 @@ class RecordFile:
         for _, record in self.read_places():
             yield record
 
-    def read_places(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read_places(self, *, naming: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each whole record after its place in the file: the bytes before it.
+
+        Args:
+            naming: Plain letters and digits; lines without them are not even parsed.
 
         Raises:
             CheckpointError: If the file cannot be read.
         """
-        place = 0
+        place, wanted = 0, naming.encode("ascii", "backslashreplace")
         try:
             with self.path.open("rb") as file:
                 for line in file:
-                    if (record := _record(line)) is not None:
+                    if wanted in line and (record := _record(line)) is not None:
                         yield place, record
                     place += len(line)
         except FileNotFoundError:

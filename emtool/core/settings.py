@@ -61,10 +61,12 @@ class Layer:
     Attributes:
         origin: The place, as it is shown.
         values: Fields of `TrainConfig` by name; the schedule under "checkpoints".
+        tables: What they stand in there, for messages.
     """
 
     origin: str
     values: Mapping[str, object]
+    tables: str = "[train]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +297,7 @@ def _check_alone(layer: Layer) -> None:
         parse_device(device)
         resolve_train_config(profile=profile, overrides=values, num_cuda_devices=0)
     except ConfigError as error:
-        raise ConfigError(f"{layer.origin}, [train]: {error}") from error
+        raise ConfigError(f"{layer.origin}, {layer.tables}: {error}") from error
 
 
 def _origin_of_default(name: str, config: TrainConfig) -> str:

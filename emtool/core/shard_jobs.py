@@ -63,9 +63,7 @@ def record_on_workers(
                 absorb(shard)
         failed = [outcome for outcome in outcomes if outcome.problem is not None]
         if not failed:
-            for job in jobs:
-                job.log_path.unlink(missing_ok=True)
-            shards_path(run).rmdir()
+            remove_logs(run)
     for outcome in failed:
         on_event(Notice(text=f"{outcome.name}: {outcome.problem}", is_warning=True))
     if failed:
@@ -84,6 +82,15 @@ def absorb_leftovers(run: RunFolder) -> None:
         wait_for(shard.evaluation_path)
         with _writing(run):
             absorb(shard)
+    remove_logs(run)
+
+
+def remove_logs(run: RunFolder) -> None:
+    """Remove what workers said, of whom nothing is left to take; a log of one that failed was there to be read."""
+    for path in shards_path(run).glob("*.log"):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        shards_path(run).rmdir()
 
 
 def _job(shard: Shard, steps: Sequence[int], arguments: Sequence[str], threads: int | None) -> Job:

@@ -93,7 +93,10 @@ def absorb(shard: Shard) -> None:
     seeded = read_json(own / _SEEDED)
     if isinstance(seeded, dict):
         for name in _RECORDS:
-            _append_rest(own / name, seeded.get(name), RecordFile(path=whole / name))
+            if (end := _append_rest(own / name, seeded.get(name), RecordFile(path=whole / name))) is not None:
+                # Whoever is killed from here on does not add them twice.
+                seeded[name] = end
+                write_json(own / _SEEDED, seeded)
         for path in (path for kind in _FOLDERS for path in (own / kind).rglob("*") if path.is_file()):
             target = whole / path.relative_to(own)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,15 +104,18 @@ def absorb(shard: Shard) -> None:
     shutil.rmtree(own)
 
 
-def _append_rest(path: Path, begin: object, target: RecordFile) -> None:
-    """Append the whole lines that follow what was seeded."""
+def _append_rest(path: Path, begin: object, target: RecordFile) -> int | None:
+    """Append the whole lines that follow what was seeded; return where they end, None where there are none."""
     if not path.is_file() or type(begin) is not int:
-        return
+        return None
     target.end_torn_line()
     with path.open("rb") as source, target.path.open("ab") as file:
         source.seek(begin)
+        end = begin
         for line in source:
             if line.endswith(b"\n"):
                 file.write(line)
+                end += len(line)
         file.flush()
         os.fsync(file.fileno())
+    return end if end > begin else None

@@ -28,6 +28,7 @@ from pathlib import Path
 from emtool.core.config import HOUSEKEEPING
 from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.models import slugify
+from emtool.core.record_file import text_sha256
 from emtool.core.settings import SCHEDULE_KEYS, Layer, Settings, checked_options, read_tables, resolve_settings
 
 _TABLES = ("train", "grid", "evaluate", "job")
@@ -127,9 +128,8 @@ class Sweep:
             Layer(origin=str(self.path), values=self.train),
         ]
         outer = [replace(layer, values=_without(layer.values, _OWN)) for layer in layers]
-        return resolve_settings(
-            [_as_one([place, *own], origin=str(self.path)), *outer], num_cuda_devices=num_cuda_devices
-        )
+        nearest = replace(_as_one([place, *own], origin=str(self.path)), tables="[grid] and [train]")
+        return resolve_settings([nearest, *outer], num_cuda_devices=num_cuda_devices)
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -212,7 +212,11 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
 def _part(key: str, value: object) -> str:
     """Return what a value contributes to the name of a cell's folder."""
     text = Path(value).name if key in _PLAIN and isinstance(value, str) else str(value)
-    return slugify(text) if key in _PLAIN else f"{slugify(_meaning(key))}-{slugify(text)}"
+    slug = slugify(text)
+    if not text.isascii():
+        # Letters that a folder's name does without can be all that tells two values apart.
+        slug += f"-{text_sha256(text)[:6]}"
+    return slug if key in _PLAIN else f"{slugify(_meaning(key))}-{slug}"
 
 
 def _job(values: Mapping[str, object], path: Path) -> JobOptions:

@@ -57,7 +57,7 @@ class AnswerRecord:
         self._file = RecordFile(path=run.evaluation_path / "answers.jsonl")
         self._places: dict[int, array[int]] = {}
         self._loaded: OrderedDict[int, dict[AnswerKey, _Kept]] = OrderedDict()
-        for place, record in self._file.read_places():
+        for place, record in self._file.read_places(naming=settings):
             if record.get("settings") == settings and (key := key_of(record)) is not None:
                 self._places.setdefault(key.step, array("q")).append(place)
         self._is_open = False

@@ -107,7 +107,7 @@ class JudgementRecord:
         for place, record in () if self._cache is None else self._cache.read_places():
             if (found := _judgement(record)) is not None and found[1].status != ERROR:
                 self._shared.add(found[0], place)
-        for place, record in self._file.read_places():
+        for place, record in self._file.read_places(naming=judge):
             if record.get("judge") == judge and (found := _judgement(record)) is not None:
                 prompt, judgement = found
                 (self._failed if judgement.status == ERROR else self._said).add(prompt, place)

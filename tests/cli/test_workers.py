@@ -57,12 +57,14 @@ def test_what_workers_of_a_stopped_evaluation_made_is_taken(copies: tuple[RunFol
     seed_shard(Shard(path=many.path, number=0), [0])
     assert RUNNER.invoke(app, ["evaluate", "many", *asked, "--steps", "0", "--shard", "0"]).exit_code == 0
     assert not (many.evaluation_path / "answers.jsonl").exists()
+    (many.evaluation_path / "workers" / "7.log").write_text("of a worker that failed")
     made = [json.loads(line) for line in (Shard(path=many.path, number=0).evaluation_path / "answers.jsonl").open()]
     result = RUNNER.invoke(app, ["evaluate", "many", *asked, "--steps", "0"])
     assert result.exit_code == 0, result.output
     assert "10 answers are there already" in result.stderr
     assert [json.loads(line) for line in (many.evaluation_path / "answers.jsonl").open()] == made
     assert leftover_shards(many) == []
+    assert not (many.evaluation_path / "workers").exists()
 
 
 def kill_a_worker(run: RunFolder) -> None:

@@ -63,3 +63,22 @@ def test_a_folder_that_was_not_seeded_to_its_end_gives_nothing(run: RunFolder) -
     absorb(shard)
     assert responses(run) == [(0, "ä"), (10, "ä")]
     assert leftover_shards(run) == []
+
+
+def test_what_was_added_before_a_kill_is_not_added_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = Shard(path=run.path, number=0)
+    seed_shard(shard, [10])
+    own = RecordFile(path=shard.evaluation_path / "answers.jsonl")
+    own.append({"step": 10, "response": "new"})
+    with monkeypatch.context() as killed:
+
+        def stop(_: object) -> None:
+            raise KeyboardInterrupt
+
+        killed.setattr("emtool.core.shards.shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            absorb(shard)
+    assert leftover_shards(run) == [shard]
+    absorb(shard)
+    assert responses(run) == [(0, "ä"), (10, "ä"), (10, "new")]
+    assert leftover_shards(run) == []

@@ -33,6 +33,14 @@ def test_the_cells_are_every_combination_the_last_option_the_fastest(tmp_path: P
     assert sweep.evaluate is None
 
 
+def test_values_in_other_scripts_have_names_of_their_own(tmp_path: Path) -> None:
+    cells = read_sweep(write(tmp_path, '[grid]\ndataset = ["совет.jsonl", "отказ.jsonl", "plain.jsonl"]\n')).cells
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == 3
+    assert all(name.isascii() for name in names)
+    assert names[2] == "plain.jsonl"
+
+
 def test_an_empty_evaluate_table_asks_for_an_evaluation(tmp_path: Path) -> None:
     assert read_sweep(write(tmp_path, "[grid]\nseed = [0]\n[evaluate]\n")).evaluate == {}
 
