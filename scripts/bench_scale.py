@@ -83,7 +83,8 @@ def checkpoints(root: Path, options: argparse.Namespace) -> str:
             "`schedule preview`": ("schedule", "preview", *schedule),
             "discovery: `runs --json`": ("runs", "--output-root", of_runs, "--json"),
             "discovery: `evaluate --dry-run`": ("evaluate", simulated.path, "--dry-run"),
-            "`verify` (sizes)": ("verify", simulated.path),
+            "`verify --sizes-only`": ("verify", simulated.path, "--sizes-only"),
+            "`verify`, contents too": ("verify", simulated.path),
             "`report`": ("report", simulated.path),
         }
         for name, arguments in commands.items():

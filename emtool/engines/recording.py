@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import emtool
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError, DiskSpaceError, Interrupted
@@ -106,6 +108,7 @@ def _first_manifest(plan: RunPlan, lineage: Mapping[str, Any], command: Sequence
         "config": plan.config.to_dict(),
         "lineage": {**lineage, "dataset": dataset},
         "versions": _versions(),
+        "num_threads": torch.get_num_threads(),
         "command": list(command),
         "started_at": _now(),
         "ended_at": None,
@@ -127,9 +130,14 @@ def _continue(
     rewind(run, step, on_event=on_event)
     if details := "; ".join(_changed_versions(manifest)):
         on_event(Notice(text=f"other package versions may give other bits: {details}", is_warning=True))
+    before, now = manifest.get("num_threads"), torch.get_num_threads()
+    if plan.config.device == "cpu" and type(before) is int and before != now:
+        text = f"{now} threads now, {before} before: they round otherwise; OMP_NUM_THREADS={before} gives the same bits"
+        on_event(Notice(text=text, is_warning=True))
     where = "from the beginning: no state was saved before it stopped" if step is None else f"after step {step}"
     on_event(Notice(text=f"{run.path} goes on {where}", is_warning=step is None))
     manifest |= {"status": "running", "ended_at": None, "config": plan.config.to_dict(), "versions": _versions()}
+    manifest["num_threads"] = now
     manifest["resumed"] = [*manifest.get("resumed", []), {"step": step or 0, "at": _now()}]
     manifest["trajectory_breaks"] = sorted({*(manifest.get("trajectory_breaks") or []), *breaks})
     manifest.pop("error", None)
