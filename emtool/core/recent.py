@@ -17,12 +17,12 @@ class Recent(Mapping[int, Sequence[T]]):
 
     Args:
         source: Makes the values, always the same ones.
-        max_items: Items of all values that are held.
+        max_items: Items of all values that are held; None takes `MAX_ITEMS`.
     """
 
-    def __init__(self, source: Mapping[int, Sequence[T]], *, max_items: int = MAX_ITEMS) -> None:
+    def __init__(self, source: Mapping[int, Sequence[T]], *, max_items: int | None = None) -> None:
         self._source = source
-        self._max_items = max_items
+        self._max_items = MAX_ITEMS if max_items is None else max_items
         self._held: OrderedDict[int, Sequence[T]] = OrderedDict()
         self._num_items = 0
 

@@ -122,6 +122,26 @@ def test_every_checkpoint_answers_whatever_the_spacing_and_the_same_again(run: R
     assert answers_of(run) != first
 
 
+def test_what_is_read_again_from_the_disk_gives_the_same_files(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    judges = [choice(CountingJudge(scored)), choice(CountingJudge(scored, name="second"))]
+
+    def written() -> dict[str, bytes]:
+        ask(run, judges=judges)
+        return {path.name: path.read_bytes() for path in run.evaluation_path.iterdir() if path.is_file()}
+
+    first = written()
+    assert {"summary.json", "question_scores.csv", "checkpoint_30_eval.csv", "checkpoint_30_eval.second.csv"} <= set(
+        first
+    )
+    assert written() == first
+    # No more than two checkpoints are held of anything; places are found in sorted parts of a few.
+    monkeypatch.setattr("emtool.core.recent.MAX_ITEMS", 1)
+    monkeypatch.setattr("emtool.engines.place_index._MAX_LOOSE", 3)
+    assert written() == first
+    (run.evaluation_path / "judgements.jsonl").unlink()
+    assert written() == first
+
+
 def test_only_named_steps_are_evaluated(run: RunFolder) -> None:
     assert list(ask(run, steps="0, final").metrics) == [0, 30]
 
