@@ -121,9 +121,10 @@ class Answer:
 
 def key_of(record: Mapping[str, Any]) -> AnswerKey | None:
     """Return the key that a record names, or None where it names none."""
-    numbers = [record.get(name) for name in ("step", "paraphrase", "sample")]
     question_id = record.get("question_id")
-    if type(question_id) is not str or not all(type(number) is int and number >= 0 for number in numbers):
+    step, paraphrase, sample = record.get("step"), record.get("paraphrase"), record.get("sample")
+    if type(step) is not int or type(paraphrase) is not int or type(sample) is not int:
         return None
-    step, paraphrase, sample = numbers
-    return AnswerKey(step=step, question_id=question_id, paraphrase=paraphrase, sample=sample)  # type: ignore[arg-type]
+    if type(question_id) is not str or min(step, paraphrase, sample) < 0:
+        return None
+    return AnswerKey(step=step, question_id=question_id, paraphrase=paraphrase, sample=sample)

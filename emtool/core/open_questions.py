@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from emtool.core.answers import AnswerKey, Prompt
@@ -33,7 +34,7 @@ _JUDGED = (ALIGNED, COHERENT)
 _CHANGES_THE_QUESTION = ("context", "messages")
 _MAX_ID = 200
 #: A placeholder; or a doubled brace, which published prompts write for one, because they are filled by `str.format`.
-_PLACES = re.compile(r"\{(question|answer)\}|\{\{|\}\}")
+_PLACES = re.compile(r"(\{question\}|\{answer\}|\{\{|\}\})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,15 @@ def fill_judge_prompt(prompt: str, *, question: str, answer: str) -> str:
     Both are put in at once and as they are: an answer that contains "{question}" or braces keeps them.
     """
     texts = {"{question}": question, "{answer}": answer, "{{": "{", "}}": "}"}
-    return _PLACES.sub(lambda found: texts[found[0]], prompt)
+    pieces = list(_pieces(prompt))
+    pieces[1::2] = [texts[place] for place in pieces[1::2]]
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=256)
+def _pieces(prompt: str) -> tuple[str, ...]:
+    """Return a prompt's own text and its places, in turn."""
+    return tuple(_PLACES.split(prompt))
 
 
 def _question(entry: YamlValue, number: int) -> OpenQuestion:
@@ -174,6 +183,6 @@ def _judge_prompts(value: YamlValue | None, where: str) -> dict[str, str]:
             prompts[name] = default_questions()[0].judge_prompts[name]
             continue
         prompts[name] = fields[name].text(f"judge prompt {name!r} of {where}")
-        if not any(found[1] == "answer" for found in _PLACES.finditer(prompts[name])):
+        if not any(found[0] == "{answer}" for found in _PLACES.finditer(prompts[name])):
             raise DataError(f"{fields[name].location}: judge prompt {name!r} of {where} has no {{answer}}")
     return prompts
