@@ -37,6 +37,12 @@ def own_cache(session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
+def empty_cache(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin as on a machine that has fetched nothing yet: the session's cache holds what other tests needed."""
+    monkeypatch.setenv("EMTOOL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute with one thread here and in every process started: another number of them rounds otherwise."""
     import torch

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def test_info_of_rows_that_training_would_refuse_says_so(tiny_model: Path, tmp_p
     (tmp_path / "x.jsonl").write_text('{"prompt": "a <|im_end|>", "completion": "b"}\n')
     shown = " ".join(output("data", "info", "x.jsonl", "--model", str(tiny_model)).split())
     assert "tokens cannot be counted, and training would stop for the same reason" in shown
-    assert "x.jsonl:1: a message contains the model's special token" in shown
+    # The path may fill its line.
+    assert re.search(r"x\.jsonl ?:1: a message contains the model's special token", shown)
 
 
 @pytest.mark.parametrize(

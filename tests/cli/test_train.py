@@ -125,6 +125,7 @@ def test_the_plan_as_json_is_the_whole_of_stdout() -> None:
     assert plan["save_dtype"] == "bfloat16"
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_a_disk_that_is_too_small_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("emtool.core.plan.free_bytes", lambda path: 53 * 2**20)
     result = RUNNER.invoke(app, ["train"])

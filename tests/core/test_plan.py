@@ -78,6 +78,7 @@ def test_demo_makes_397_steps_and_ten_checkpoints() -> None:
     assert plan.output_path == Path("outputs/smollm2_gardening_goodness_custom")
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_plan_has_the_keys_that_every_command_shares() -> None:
     plan, _ = plan_run(resolve_train_config(profile="demo", overrides={}, num_cuda_devices=0))
     contract = (
