@@ -24,7 +24,4 @@ say "pytest"
 if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
     echo "no chromium and chromedriver (Debian: chromium, chromium-driver): the tests of the report's page are skipped"
 fi
-# Tests of a file stay together; each process computes with one thread, so that they do not crowd each other.
-count=$(.venv/bin/python -c 'from emtool.core.hardware import usable_cpu_count; print(min(4, usable_cpu_count()))')
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-.venv/bin/python -m pytest -n "$count" --dist loadfile ${selection[@]+"${selection[@]}"} "$@"
+.venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"

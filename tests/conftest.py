@@ -11,10 +11,18 @@ import pytest
 
 # Read by huggingface_hub when it is imported, so before any test module brings it in.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests run in several processes, which do not crowd each other so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from emtool.core.config import resolve_train_config
+from emtool.core.hardware import usable_cpu_count
 from emtool.core.run_dir import RunFolder
 from tests.tiny import save_tiny_model
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes `-n auto` starts: each takes a gigabyte or two."""
+    return min(4, usable_cpu_count())
 
 
 @pytest.fixture(scope="session")
