@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from emtool.core.errors import CheckpointError
@@ -55,15 +56,16 @@ def read_record(folder: Path) -> CheckpointRecord:
         CheckpointError: If the folder is a link, or the record cannot be read, was changed, or names what cannot be a
             file of the folder.
     """
-    path = folder / RECORD_NAME
-    if folder.is_symlink():
+    # Thousands of checkpoints have a record each: no object is made for its path.
+    path = f"{folder}/{RECORD_NAME}"
+    if os.path.islink(folder):  # noqa: PTH114
         raise CheckpointError(f"{folder} is a link and is not used; put the folder itself in its place")
     try:
-        values = json.loads(_read_regular(path).decode("utf-8"))
+        values = json.loads(_read_regular(folder, path).decode("utf-8"))
         if type(values["format"]) is not int or values["format"] != FORMAT:
             raise CheckpointError(f"{path} is not of format {FORMAT}; use the emtool that wrote it")
         if values[RECORD_HASH] != record_sha256(values):
-            raise CheckpointError(f"{folder} is damaged: {path.name} has changed since it was saved")
+            raise CheckpointError(f"{folder} is damaged: {RECORD_NAME} has changed since it was saved")
         requires = values["requires"]
         requires["base"], requires["persona"]
         return CheckpointRecord(
@@ -74,10 +76,10 @@ def read_record(folder: Path) -> CheckpointRecord:
             is_sharded=values.get("sharded") is True,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is damaged: cannot read {path.name} ({error!r})") from error
+        raise CheckpointError(f"{folder} is damaged: cannot read {RECORD_NAME} ({error!r})") from error
 
 
-def _read_regular(path: Path) -> bytes:
+def _read_regular(folder: Path, path: str) -> bytes:
     """Return the contents of a record, which may be a link, a pipe that would be waited for, or endless.
 
     Raises:
@@ -90,18 +92,20 @@ def _read_regular(path: Path) -> bytes:
             raise
         descriptor = None
     if descriptor is not None:
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             found = os.fstat(descriptor)
             if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_RECORD_BYTES:
-                return file.read(MAX_RECORD_BYTES)
-    raise CheckpointError(f"{path.parent} is damaged: {path.name} is not a regular file or absurdly large")
+                return os.read(descriptor, found.st_size)
+        finally:
+            os.close(descriptor)
+    raise CheckpointError(f"{folder} is damaged: {RECORD_NAME} is not a regular file or absurdly large")
 
 
 def _file(entry: Mapping[str, object]) -> FileRecord:
     sha256 = _text(entry["sha256"])
     if not _SHA256.fullmatch(sha256):
         raise ValueError(f"{sha256!r:.80} is not a SHA-256")
-    return FileRecord(bytes=_count(entry["bytes"]), sha256=sha256)
+    return FileRecord(_count(entry["bytes"]), sha256)
 
 
 def _count(value: object) -> int:
@@ -116,8 +120,14 @@ def _text(value: object) -> str:
     return value
 
 
-def _file_name(path: Path, name: str) -> str:
-    if _USUAL_NAME.fullmatch(name):
+@lru_cache(maxsize=1024)
+def _is_usual(name: str) -> bool:
+    """Return whether a name need not be taken apart; the checkpoints of a run have the same few."""
+    return _USUAL_NAME.fullmatch(name) is not None
+
+
+def _file_name(path: str, name: str) -> str:
+    if _is_usual(name):
         return name
     parts = name.split("/")
     is_plain = not any(part in _NO_NAMES for part in parts) and name.isprintable()

@@ -65,7 +65,7 @@ def iter_rows(path: Path) -> Iterator[dict[str, str]]:
 def number(cell: object) -> float | None:
     """Return the finite number that a cell or a JSON value is, or None."""
     # Nearly all are texts of a table, and there may be a million of them.
-    if type(cell) is not str and (isinstance(cell, bool) or not isinstance(cell, str | int | float)):
+    if type(cell) is not str and (cell is None or isinstance(cell, bool) or not isinstance(cell, str | int | float)):
         return None
     try:
         value = float(cell)

@@ -197,7 +197,7 @@ def _check_no_strays(folder: Path, record: CheckpointRecord) -> None:
 def _check_size(folder: Path, name: str, expected: FileRecord) -> os.stat_result:
     # Thousands of checkpoints have tens of thousands of files: one look at each, and no object for its path.
     path, found = os.fspath(folder), None
-    for part in name.split("/"):
+    for part in name.split("/") if "/" in name else (name,):
         path = f"{path}/{part}"
         try:
             found = os.lstat(path)

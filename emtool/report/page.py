@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from emtool import __version__
+from emtool.core.cache import cache_path
+from emtool.core.run_dir import replace_file
 from emtool.report.charts import HEIGHT, QUESTIONS, Drawn, config_of
 from emtool.report.curves import CHARTS, TRAINING_LOG
 from emtool.report.packing import pack_answers
@@ -77,10 +82,23 @@ def render_page(runs: Sequence[ReportRun], drawn: Sequence[Drawn]) -> str:
 
 @cache
 def _vega() -> str:
-    """Return Vega-Embed with all that it needs, as one script; making it takes seconds, and it is always the same."""
+    """Return Vega-Embed with all that it needs, as one script.
+
+    Making it takes seconds, and of one version of vl-convert it is always the same: it is kept in emtool's cache.
+    """
     import vl_convert
 
+    kept = cache_path("vega", f"vega-embed-{version('vl-convert-python')}-{vega_lite_version()}.js")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return kept.read_bytes().decode("utf-8")
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vega_lite_version())
+    # Without a place to keep it, it is made each time.
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Several reports may be made at once.
+        own = kept.with_name(f"{kept.name}.{os.getpid()}")
+        replace_file(own, bundle.encode("utf-8"))
+        own.replace(kept)
     return bundle
 
 
