@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Set up emtool with its test tools, then lint, type-check and test it.
 #
-#   scripts/test.sh          the default tests, about 2 minutes on two cores after installation
-#   scripts/test.sh --all    the slow ones too: a real model from the package index, about 5 minutes
-#   scripts/test.sh [--all] ARGUMENTS...   further arguments go to pytest
+#   scripts/test.sh          the default tests, 3 to 7 minutes on two cores after installation
+#   scripts/test.sh --all    the slow ones too: a real model, a Ray cluster, an empty environment; 10 to 20 minutes
+#   scripts/test.sh [--all] ARGUMENTS...   further arguments go to pytest, -n0 for instance: one process
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup_env.sh
@@ -13,7 +13,7 @@ if [ "${1:-}" = --all ]; then
     shift
     selection=(-m "not gpu and not network")
 fi
-echo "emtool tests: installation (2 minutes, once), lint, types, tests (5 minutes; with --all 7)."
+echo "emtool tests: installation (2 minutes, once), lint, types, tests (3 to 7 minutes; with --all 10 to 20)."
 setup_env dev
 say "ruff"
 .venv/bin/ruff format --check --quiet .
