@@ -153,7 +153,7 @@ def _state_bytes(trainer: Any) -> int:
 
 def whole(root: Path) -> list[Row]:
     """Time the same run with ten milestones and with none, in turn."""
-    steps = ", ".join(str(step) for step in range(0, WHOLE_STEPS, WHOLE_STEPS // 9 + 1))
+    steps = ", ".join(str(round(WHOLE_STEPS * place / 9)) for place in range(10))
     ratios, with_saves, without = [], [], []
     for number in range(WHOLE_ROUNDS):
         pair = {}
