@@ -6,8 +6,7 @@ A new metric is an entry in `TEXT_METRICS`; `docs/extending.md` shows how.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
 from emtool.core.answers import LENGTH, Answer
 from emtool.core.metrics import Estimate, exact
@@ -57,26 +56,35 @@ def text_metrics(answers: Sequence[Answer], start: Sequence[Answer] | None, *, s
     found = {"num_answers": exact(len(answers), n=len(answers)), "num_failed": exact(num_failed, n=num_failed)}
     if not written:
         return found
-    found |= Resamples([answer.key.question_id for answer in written], seed).means(_columns(written))
+    columns = _columns(written)
+    found |= Resamples([answer.key.question_id for answer in written], seed).means(columns)
     words = [_words(answer) for answer in written]
     for size in (1, 2):
         if (share := distinct(words, size)) is not None:
             found[f"distinct_{size}"] = exact(share, n=len(written))
-    return found | _changes(written, start or (), seed)
+    return found | _changes(written, columns, start or (), seed)
 
 
-def _changes(written: Sequence[Answer], start: Sequence[Answer], seed: int) -> dict[str, Estimate]:
-    before = {replace(answer.key, step=0): answer for answer in start if answer.has_text}
-    now = [answer for answer in written if replace(answer.key, step=0) in before]
+def _changes(
+    written: Sequence[Answer], columns: Mapping[str, Sequence[float]], start: Sequence[Answer], seed: int
+) -> dict[str, Estimate]:
+    before = {_pair(answer): answer for answer in start if answer.has_text}
+    now = [answer for answer in written if _pair(answer) in before]
     if not now:
         return {}
-    values, first = _columns(now), _columns([before[replace(answer.key, step=0)] for answer in now])
+    values = columns if len(now) == len(written) else _columns(now)
+    first = _columns([before[_pair(answer)] for answer in now])
     changes = {
         f"{name}_delta": [a - b for a, b in zip(column, first[name], strict=True)]
         for name, column in values.items()
         if name in first
     }
     return Resamples([answer.key.question_id for answer in now], seed).means(changes)
+
+
+def _pair(answer: Answer) -> tuple[str, int, int]:
+    """Return what names an answer among those of a checkpoint, the same at every step."""
+    return answer.key.question_id, answer.key.paraphrase, answer.key.sample
 
 
 def _columns(written: Sequence[Answer]) -> dict[str, list[float]]:
