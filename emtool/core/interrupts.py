@@ -6,11 +6,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from emtool.core.errors import Interrupted
+from emtool.core.errors import EmtoolError, Interrupted
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -38,9 +38,11 @@ def interruptible() -> Iterator[None]:
 
     Outside the main thread, where Python allows no signal handlers, nothing changes.
     """
+    raised: list[int] = []
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         _ignore_stopping()
+        raised.append(signum)
         raise Interrupted(signum)
 
     def answer(_signum: int, _frame: FrameType | None) -> None:
@@ -48,7 +50,7 @@ def interruptible() -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.write(2, b"emtool: SIGUSR1: there is nothing to save now\n")
 
-    with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": answer}):
+    with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": answer}), _still_interrupted(raised):
         yield
 
 
@@ -60,18 +62,37 @@ def requested() -> Iterator[Requests]:
         Interrupted: At a signal to stop while nothing is deferred, and at a SIGINT when a stop waits already.
     """
     requests = Requests()
+    raised: list[int] = []
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         if not requests.is_deferring or (requests.stop is not None and signum == signal.SIGINT):
             _ignore_stopping()
+            raised.append(signum)
             raise Interrupted(signum)
         requests.stop = requests.stop or signum
 
     def save(_signum: int, _frame: FrameType | None) -> None:
         requests.save = True
 
-    with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": save}):
+    with _handlers({**dict.fromkeys(_STOPPING, stop), "SIGUSR1": save}), _still_interrupted(raised):
         yield requests
+
+
+@contextlib.contextmanager
+def _still_interrupted(raised: Sequence[int]) -> Iterator[None]:
+    """Turn what a library made of an interruption, an error of its own, into the interruption again.
+
+    Args:
+        raised: Signals that were raised as exceptions. What emtool or the system says while it stops is kept.
+    """
+    try:
+        yield
+    except (EmtoolError, OSError):
+        raise
+    except Exception as error:
+        if not raised:
+            raise
+        raise Interrupted(raised[0]) from error
 
 
 @contextlib.contextmanager
