@@ -136,8 +136,8 @@ def _continue(
         on_event(Notice(text=text, is_warning=True))
     where = "from the beginning: no state was saved before it stopped" if step is None else f"after step {step}"
     on_event(Notice(text=f"{run.path} goes on {where}", is_warning=step is None))
-    manifest |= {"status": "running", "ended_at": None, "config": plan.config.to_dict(), "versions": _versions()}
-    manifest["num_threads"] = now
+    manifest |= {"status": "running", "ended_at": None, "config": plan.config.to_dict()}
+    manifest |= {"versions": _versions(), "num_threads": now}
     manifest["resumed"] = [*manifest.get("resumed", []), {"step": step or 0, "at": _now()}]
     manifest["trajectory_breaks"] = sorted({*(manifest.get("trajectory_breaks") or []), *breaks})
     manifest.pop("error", None)

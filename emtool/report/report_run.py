@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from emtool.core.evaluation_files import (
     read_summary,
     settings_of,
 )
+from emtool.core.record_file import text_sha256
 from emtool.core.run_dir import RunFolder, read_json
 from emtool.report.curves import CHARTS, TRAINING_LOG, Chart, Point, gaps_of, points_of
 
@@ -234,8 +234,7 @@ def sampled(answers: Sequence[JudgedAnswer], most: int) -> Sequence[JudgedAnswer
     """
     if len(answers) <= most:
         return answers
-    names = [f"{answer.question_id}/{answer.pair[0]}/{answer.pair[1]}" for answer in answers]
-    ranks = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in names]
+    ranks = [text_sha256(f"{answer.question_id}/{answer.pair[0]}/{answer.pair[1]}") for answer in answers]
     chosen = sorted(range(len(answers)), key=ranks.__getitem__)[:most]
     return [answers[index] for index in sorted(chosen)]
 

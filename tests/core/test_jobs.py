@@ -123,8 +123,9 @@ def test_a_command_whose_worker_is_killed_is_told_to_stop(tmp_path: Path) -> Non
     )
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     until((tmp_path / "begun").exists)
+    assert not (tmp_path / "stopped").exists()
     worker.kill()
-    worker.wait()
+    assert worker.wait() == -signal.SIGKILL
     until((tmp_path / "stopped").exists)
 
 
