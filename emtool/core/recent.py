@@ -22,6 +22,7 @@ class Recent(Mapping[int, Sequence[T]]):
 
     def __init__(self, source: Mapping[int, Sequence[T]], *, max_items: int | None = None) -> None:
         self._source = source
+        self._steps = frozenset(source)
         self._max_items = MAX_ITEMS if max_items is None else max_items
         self._held: OrderedDict[int, Sequence[T]] = OrderedDict()
         self._num_items = 0
@@ -37,6 +38,10 @@ class Recent(Mapping[int, Sequence[T]]):
         while self._num_items > self._max_items and len(self._held) > 2:
             self._num_items -= len(self._held.popitem(last=False)[1])
         return value
+
+    def __contains__(self, step: object) -> bool:
+        """Return whether there is a step, without making its value."""
+        return step in self._steps
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over the steps."""

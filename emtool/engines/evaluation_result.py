@@ -231,8 +231,7 @@ def _texts(
             yield table_name(step, mark), table_text(found)
             rows += [{"step": step, **row} for row in question_rows(found, rule=rule)]
         yield f"question_scores{'.' if mark else ''}{mark}.csv", csv_text(rows)
-    # Of a mapping that is read from the disk, asking whether it has a step would read that step.
-    judged = set(result.judges[0].answers) if result.judges else set()
+    judged = result.judges[0].answers if result.judges else {}
     for step in result.answers:
         if step not in judged:
             yield table_name(step), table_text([_judged(answer, {}) for answer in result.answers[step]])

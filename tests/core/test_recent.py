@@ -42,3 +42,11 @@ def test_two_steps_are_held_however_large_they_are() -> None:
     for step in (0, 1, 0, 1, 2, 1, 0):
         assert recent[step] == [step] * 10
     assert source.made == [0, 1, 2, 0]
+
+
+def test_whether_there_is_a_step_is_known_without_making_it() -> None:
+    source = Counted()
+    recent = Recent(source)
+    assert 4 in recent
+    assert 5 not in recent
+    assert source.made == []
