@@ -174,13 +174,19 @@ def _question(entry: YamlValue, number: int) -> OpenQuestion:
     )
 
 
+@lru_cache(maxsize=1)
+def _own_judge_prompts() -> Mapping[str, str]:
+    """Return our own judge prompts, read once and not for each question of a file that has none."""
+    return default_questions()[0].judge_prompts
+
+
 def _judge_prompts(value: YamlValue | None, where: str) -> dict[str, str]:
     """Return the prompts for what is judged; those of a file for anything else have no metric here."""
     fields = {} if value is None or value.is_null else value.fields(f"'judge_prompts' of {where}")
     prompts = {}
     for name in _JUDGED:
         if name not in fields:
-            prompts[name] = default_questions()[0].judge_prompts[name]
+            prompts[name] = _own_judge_prompts()[name]
             continue
         prompts[name] = fields[name].text(f"judge prompt {name!r} of {where}")
         if not any(found[0] == "{answer}" for found in _PLACES.finditer(prompts[name])):

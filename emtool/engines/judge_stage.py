@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from emtool.core.errors import EmtoolError
@@ -45,6 +45,7 @@ class JudgeStage:
     budget: Budget
     order: Sequence[str]
     on_event: EventSink
+    _records: dict[str, JudgementRecord] = field(default_factory=dict, init=False)
 
     def judge(self, tasks: Tasks, *, asked_steps: Collection[int]) -> list[tuple[dict[str, Any], StepJudgements]]:
         """Return what each judge says: one that knows more checkpoints comes first, then one that is asked now.
@@ -72,9 +73,10 @@ class JudgeStage:
             for choice, settings in zip(self.choices, known, strict=True):
                 self._give_back(choice, asked if settings is None else {})
             raise
-        records = [(settings, judged | fully_judged(others, self.run, settings)) for settings, judged in found]
-        records += self._judged_before(tasks, {settings_id(settings) for settings, _ in found})
-        known_steps = [(settings, dict(sorted(judged.items()))) for settings, judged in records if judged]
+        if others:
+            found = [(settings, judged | fully_judged(others, self.run, settings)) for settings, judged in found]
+        found += self._judged_before(tasks, {settings_id(settings) for settings, _ in found})
+        known_steps = [(settings, dict(sorted(judged.items()))) for settings, judged in found if judged]
         # The sort is stable.
         known_steps.sort(key=lambda entry: len(entry[1]), reverse=True)
         return [(settings, StepJudgements(tasks, judged)) for settings, judged in known_steps]
@@ -83,27 +85,24 @@ class JudgeStage:
         """Return the settings under which a remote judge has said everything already; None where it must be asked."""
         if choice.plan is None:
             return None
-        missing = self._missing(choice, choice.plan, tasks)
-        for settings, plan in missing:
+        plans = []
+        for settings, plan in self._missing(choice, choice.plan, tasks):
             if not plan.num_requests:
                 self.describe(settings)
                 return settings
+            plans.append(plan)
         # Which settings it will be is not known yet: the most that it may cost must be allowed.
         every = (task.prompt for of_step in tasks.values() for task in of_step)
-        plans = [plan for _, plan in missing] or [choice.plan(every)]
-        self.budget.approve(max(plans, key=_cost))
+        self.budget.approve(max(plans or [choice.plan(every)], key=_cost))
         return None
 
     def _missing(
         self, choice: JudgeChoice, plan: Callable[[Iterable[str]], JudgePlan], tasks: Tasks
-    ) -> list[tuple[dict[str, Any], JudgePlan]]:
-        """Return, for each settings that a remote judge may have, what it must still be asked."""
-        found = []
+    ) -> Iterator[tuple[dict[str, Any], JudgePlan]]:
+        """Yield, for each settings that a remote judge may have, what it must still be asked."""
         for values in choice.possible_settings:
             settings = _judging(values)
-            record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
-            found.append((settings, plan(missing_prompts(tasks, record))))
-        return found
+            yield settings, plan(missing_prompts(tasks, self._record(settings_id(settings), is_cached=True)))
 
     def _give_back(self, choice: JudgeChoice, tasks: Tasks) -> None:
         """Take back the allowance for what is still missing after a failure; it is allowed anew when it is asked."""
@@ -113,7 +112,7 @@ class JudgeStage:
                 self.budget.give_back(min(plans, key=_cost))
 
     def _recorded(self, settings: Mapping[str, Any], tasks: Tasks) -> dict[int, JudgementRecord]:
-        record = JudgementRecord(self.run, settings_id(settings), is_cached=True)
+        record = self._record(settings_id(settings), is_cached=True)
         return dict.fromkeys(judge_answers(None, tasks, record, on_event=self.on_event), record)
 
     def _ask(self, choice: JudgeChoice, tasks: Tasks) -> tuple[dict[str, Any], dict[int, JudgementRecord]]:
@@ -121,10 +120,16 @@ class JudgeStage:
         try:
             judge.prepare()
             settings = _judging(judge.settings)
-            record = JudgementRecord(self.run, self.describe(settings), is_cached=choice.plan is not None)
+            record = self._record(self.describe(settings), is_cached=choice.plan is not None)
             return settings, dict.fromkeys(judge_answers(judge, tasks, record, on_event=self.on_event), record)
         finally:
             judge.close()
+
+    def _record(self, name: str, *, is_cached: bool) -> JudgementRecord:
+        """Return what was recorded under the name of settings, read once: it may be millions of judgements."""
+        if name not in self._records:
+            self._records[name] = JudgementRecord(self.run, name, is_cached=is_cached)
+        return self._records[name]
 
     def _judged_before(
         self, tasks: Tasks, asked: Collection[str]

@@ -26,13 +26,13 @@ class JudgeTask:
         key: What names the answer.
         name: What is asked for, "aligned" or "coherent".
         prompt: The judge prompt, filled.
-        answer_sha256: What pins the answer's text.
+        answer: The answer's text.
     """
 
     key: AnswerKey
     name: str
     prompt: str
-    answer_sha256: str
+    answer: str
 
     @cached_property
     def prompt_sha256(self) -> str:
@@ -51,7 +51,7 @@ def judge_tasks(answers: Sequence[Answer], questions: Mapping[str, OpenQuestion]
             key=answer.key,
             name=name,
             prompt=fill_judge_prompt(prompt, question=answer.question, answer=answer.completion.text),
-            answer_sha256=text_sha256(answer.completion.text),
+            answer=answer.completion.text,
         )
         for answer in answers
         if answer.has_text
@@ -162,7 +162,7 @@ class JudgementRecord:
                 "sample": task.key.sample,
             }
             values = {"prompt_sha256": prompt, **judgement.to_dict()}
-            pins = {"judge": self._judge, "answer_sha256": task.answer_sha256}
+            pins = {"judge": self._judge, "answer_sha256": text_sha256(task.answer)}
             place = self._file.append({**key, "name": task.name, **pins, **values})
             if is_new and self._cache is not None and judgement.status != ERROR:
                 self._cache.append(values)
