@@ -121,33 +121,6 @@ class AnswersByStep(Mapping[int | None, list[JudgedAnswer]]):
         return len(self._steps)
 
 
-class StepTables(Mapping[int, list[JudgedAnswer]]):
-    """The answers of each `checkpoint_N_eval.csv` of a folder, read when they are asked for.
-
-    Args:
-        folder: An evaluation folder; where it has none, there are no steps.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._tables = step_tables(folder)
-
-    def __getitem__(self, step: int) -> list[JudgedAnswer]:
-        """Return the answers of a step, read anew.
-
-        Raises:
-            DataError: As `read_tables` does.
-        """
-        return read_tables(self._tables[step])
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the steps, increasing."""
-        return iter(self._tables)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._tables)
-
-
 def _tables_at(path: Path) -> list[tuple[Path, int | None]]:
     """Return the tables that a path stands for, with the step that each one's name says."""
     if not path.is_dir():

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from emtool.core.answer_tables import StepTables
+from emtool.core.answer_tables import read_tables, step_tables
+from emtool.core.by_step import Recent
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics
 from emtool.core.errors import CheckpointError, ConfigError, unknown_name
 from emtool.core.evaluation_files import (
@@ -22,7 +23,6 @@ from emtool.core.evaluation_files import (
     value_of,
 )
 from emtool.core.metrics import Estimate, bootstrap_difference, bootstrap_mean
-from emtool.core.recent import Recent
 from emtool.core.run_dir import FORMAT, RunFolder
 
 #: Settings of generation that shape what is asked and how it is answered; the model is not one of them.
@@ -110,7 +110,8 @@ class _Evaluated:
     @cached_property
     def answers(self) -> Recent[JudgedAnswer]:
         """Return the judged answers by step, read when they are asked for."""
-        return Recent(StepTables(self.run.evaluation_path))
+        tables = step_tables(self.run.evaluation_path)
+        return Recent(tables, lambda step: read_tables(tables[step]))
 
     @cached_property
     def asked(self) -> dict[int, Counter[tuple[str, str]]]:

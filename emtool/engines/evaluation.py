@@ -8,6 +8,7 @@ from typing import Any
 
 from emtool.core.adapter import select_blocks
 from emtool.core.answers import Answer, Prompt
+from emtool.core.by_step import Recent
 from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import CheckpointError
@@ -22,7 +23,6 @@ from emtool.core.open_questions import (
     select_questions,
 )
 from emtool.core.questions import EVERYDAY_ITEMS, read_items
-from emtool.core.recent import Recent
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import RunFolder, read_json, write_json
 from emtool.core.run_lock import locked_evaluation
@@ -43,15 +43,15 @@ from emtool.engines.generating import (
     AnswerRecord,
     CheckpointPrompts,
     PromptsAt,
-    RecordedAnswers,
     fully_answered,
     generate_answers,
     prompts_asked,
+    recorded_answers,
 )
 from emtool.engines.item_scores import recorded_scores, score_items
 from emtool.engines.judge_stage import JudgeStage
 from emtool.engines.judges.judge import JudgeChoice
-from emtool.engines.judging import StepTasks
+from emtool.engines.judging import judge_tasks
 from emtool.engines.last_evaluation import LastEvaluation
 from emtool.engines.modeling import check_device, warn_of_slow_dtype
 from emtool.engines.score_record import ScoreRecord
@@ -240,7 +240,7 @@ class Evaluation:
             prompts = prompts_asked(previous, self._questions)
             checkpoints = self._checkpoints(sorted([*steps, *others]), prompts)
             record = AnswerRecord(run, str(previous.get("id")))
-            found = Recent(RecordedAnswers(record, fully_answered(checkpoints, record)))
+            found = recorded_answers(record, fully_answered(checkpoints, record))
             if not found:
                 text = "the summary leaves out the answers of the last evaluation, which are to other questions; they "
                 self._warn(f"{text}stay in answers.jsonl, and the command that made them brings them back")
@@ -257,7 +257,7 @@ class Evaluation:
         answered += fully_answered(self._checkpoints(others, self._prompts), record)
         shown = {**settings, "id": settings_id(settings), "n_per_question": self._config.n_per_question}
         return (
-            Recent(RecordedAnswers(record, answered)),
+            recorded_answers(record, answered),
             problems,
             {"generation": {**shown, "questions": list(self._questions)}},
         )
@@ -284,7 +284,7 @@ class Evaluation:
             order=order,
             on_event=self._on_event,
         )
-        tasks = Recent(StepTasks(answers, self._questions))
+        tasks = Recent(answers, lambda step: judge_tasks(answers[step], self._questions))
         return [
             judge_result(answers, judgements, settings=settings, rule=self._rule, seed=self._config.seed)
             for settings, judgements in stage.judge(tasks, asked_steps=asked_steps)

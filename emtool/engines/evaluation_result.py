@@ -11,6 +11,7 @@ from typing import Any
 
 from emtool.core.answer_tables import is_table_name, table_name, table_text
 from emtool.core.answers import Answer, AnswerKey
+from emtool.core.by_step import Recent
 from emtool.core.csv_text import csv_text
 from emtool.core.data import file_sha256
 from emtool.core.em_metrics import EmRule, JudgedAnswer, em_metrics, question_rows
@@ -19,7 +20,6 @@ from emtool.core.judgement import ALIGNED, COHERENT, ERROR, UNSCORED, Judgement
 from emtool.core.metrics import LEVEL, RESAMPLES, Estimate, flat, sigmoid
 from emtool.core.models import slugify
 from emtool.core.questions import EvaluationItem
-from emtool.core.recent import Recent
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import FORMAT, RunFolder, read_json, staged_path, write_json, write_staged
 from emtool.core.text_metrics import text_metrics
@@ -95,36 +95,6 @@ class EvaluationResult:
         }
 
 
-class JudgedAnswers(Mapping[int, list[JudgedAnswer]]):
-    """The judged answers of each checkpoint, put together when they are asked for.
-
-    Args:
-        answers: Answers by step.
-        judgements: What a judge said, by step; its steps are those that are judged.
-    """
-
-    def __init__(
-        self,
-        answers: Mapping[int, Sequence[Answer]],
-        judgements: Mapping[int, Mapping[tuple[AnswerKey, str], Judgement]],
-    ) -> None:
-        self._answers = answers
-        self._judgements = judgements
-
-    def __getitem__(self, step: int) -> list[JudgedAnswer]:
-        """Return the judged answers of a step."""
-        said = self._judgements[step]
-        return [_judged(answer, said) for answer in self._answers[step]]
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the steps."""
-        return iter(self._judgements)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._judgements)
-
-
 def judge_result(
     answers: Mapping[int, Sequence[Answer]],
     judgements: Mapping[int, Mapping[tuple[AnswerKey, str], Judgement]],
@@ -134,7 +104,12 @@ def judge_result(
     seed: int,
 ) -> JudgeResult:
     """Return the metrics of answers by what a judge said of them, for the checkpoints that it judged."""
-    judged = Recent(JudgedAnswers(answers, judgements))
+
+    def judged_at(step: int) -> list[JudgedAnswer]:
+        said = judgements[step]
+        return [_judged(answer, said) for answer in answers[step]]
+
+    judged = Recent(judgements, judged_at)
     start = judged.get(0)
     metrics = {step: em_metrics(found, start, rule=rule, seed=seed) for step, found in judged.items()}
     return JudgeResult(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from emtool.core.answers import Answer, AnswerKey, Completion, Prompt, key_of
+from emtool.core.by_step import Recent
 from emtool.core.data import Message
 from emtool.core.errors import CheckpointError
 from emtool.core.evaluation_config import MAX_PER_QUESTION
@@ -117,33 +118,22 @@ class _Kept:
     pins: tuple[str, str]
 
 
-class RecordedAnswers(Mapping[int, Sequence[Answer]]):
-    """The answers of checkpoints by step, read when they are asked for, in the order of the prompts.
+def recorded_answers(record: AnswerRecord, checkpoints: Sequence[CheckpointPrompts]) -> Recent[Answer]:
+    """Return the answers of checkpoints by step, increasing, in the order of the prompts.
 
     Args:
         record: Where they are kept.
         checkpoints: Checkpoints of which every prompt is on record, by an answer or an error.
     """
+    by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
 
-    def __init__(self, record: AnswerRecord, checkpoints: Sequence[CheckpointPrompts]) -> None:
-        self._record = record
-        self._checkpoints = {c.step: c for c in sorted(checkpoints, key=lambda c: c.step)}
-
-    def __getitem__(self, step: int) -> list[Answer]:
-        """Return the answers of a step."""
-        checkpoint = self._checkpoints[step]
-        found = [self._record.latest(prompt, checkpoint.adapter_sha256) for prompt in checkpoint.prompts]
+    def answers_at(step: int) -> list[Answer]:
+        found = [record.latest(prompt, by_step[step].adapter_sha256) for prompt in by_step[step].prompts]
         answers = [answer for answer in found if answer is not None]
         assert len(answers) == len(found), "an answer is not on record any more"
         return answers
 
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the steps, increasing."""
-        return iter(self._checkpoints)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._checkpoints)
+    return Recent(sorted(by_step), answers_at)
 
 
 def prompt_sha256(prompt: Prompt) -> str:

@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
+from emtool.core.by_step import ByStep
 from emtool.core.errors import EmtoolError
 from emtool.core.events import EventSink
 from emtool.core.judge_prices import Budget, JudgePlan
+from emtool.core.judgement import Judgement
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import RunFolder
 from emtool.engines.judges.judge import JudgeChoice
 from emtool.engines.judging import (
+    Asked,
     JudgementRecord,
     JudgeTask,
-    StepJudgements,
     fully_judged,
     judge_answers,
     missing_prompts,
@@ -24,6 +26,8 @@ from emtool.engines.judging import (
 )
 
 Tasks = Mapping[int, Sequence[JudgeTask]]
+#: What a judge said, by step.
+Judgements = Mapping[int, Mapping[Asked, Judgement]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class JudgeStage:
     on_event: EventSink
     _records: dict[str, JudgementRecord] = field(default_factory=dict, init=False)
 
-    def judge(self, tasks: Tasks, *, asked_steps: Collection[int]) -> list[tuple[dict[str, Any], StepJudgements]]:
+    def judge(self, tasks: Tasks, *, asked_steps: Collection[int]) -> list[tuple[dict[str, Any], Judgements]]:
         """Return what each judge says: one that knows more checkpoints comes first, then one that is asked now.
 
         Args:
@@ -60,8 +64,8 @@ class JudgeStage:
         Raises:
             EmtoolError: If a judge may not or cannot be asked; what was judged is kept.
         """
-        asked = AtSteps(tasks, [step for step in tasks if step in asked_steps])
-        others = AtSteps(tasks, [step for step in tasks if step not in asked_steps])
+        asked = ByStep([step for step in tasks if step in asked_steps], tasks.__getitem__)
+        others = ByStep([step for step in tasks if step not in asked_steps], tasks.__getitem__)
         # Every judge is allowed before the first one is asked.
         known = [self._find_known(choice, asked) for choice in self.choices]
         try:
@@ -79,7 +83,7 @@ class JudgeStage:
         known_steps = [(settings, dict(sorted(judged.items()))) for settings, judged in found if judged]
         # The sort is stable.
         known_steps.sort(key=lambda entry: len(entry[1]), reverse=True)
-        return [(settings, StepJudgements(tasks, judged)) for settings, judged in known_steps]
+        return [(settings, _judgements(tasks, judged)) for settings, judged in known_steps]
 
     def _find_known(self, choice: JudgeChoice, tasks: Tasks) -> dict[str, Any] | None:
         """Return the settings under which a remote judge has said everything already; None where it must be asked."""
@@ -144,29 +148,9 @@ class JudgeStage:
         return sorted(recorded, key=lambda entry: places.get(settings_id(entry[0]), len(places)))
 
 
-class AtSteps(Mapping[int, Sequence[JudgeTask]]):
-    """Tasks of some of the steps, made when they are asked for.
-
-    Args:
-        tasks: Tasks by step.
-        steps: The steps.
-    """
-
-    def __init__(self, tasks: Tasks, steps: Sequence[int]) -> None:
-        self._tasks = tasks
-        self._steps = steps
-
-    def __getitem__(self, step: int) -> Sequence[JudgeTask]:
-        """Return the tasks of a step."""
-        return self._tasks[step]
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the steps."""
-        return iter(self._steps)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._steps)
+def _judgements(tasks: Tasks, records: Mapping[int, JudgementRecord]) -> Judgements:
+    """Return what a judge said of the checkpoints of which a record holds every judgement, be it an error."""
+    return ByStep(records, lambda step: records[step].find(tasks[step], with_errors=True))
 
 
 def _judging(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,31 +59,6 @@ def judge_tasks(answers: Sequence[Answer], questions: Mapping[str, OpenQuestion]
     ]
 
 
-class StepTasks(Mapping[int, list[JudgeTask]]):
-    """What a judge is asked about the answers of each checkpoint, made when it is asked for.
-
-    Args:
-        answers: Answers by step.
-        questions: Questions by id.
-    """
-
-    def __init__(self, answers: Mapping[int, Sequence[Answer]], questions: Mapping[str, OpenQuestion]) -> None:
-        self._answers = answers
-        self._questions = questions
-
-    def __getitem__(self, step: int) -> list[JudgeTask]:
-        """Return the tasks of a step."""
-        return judge_tasks(self._answers[step], self._questions)
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the steps."""
-        return iter(self._answers)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._answers)
-
-
 class JudgementRecord:
     """`evaluation/judgements.jsonl`: every judgement, of all judges.
 
@@ -318,31 +293,6 @@ def recorded_judges(run: RunFolder) -> list[dict[str, Any]]:
         if isinstance(settings, dict) and settings_id(settings) == name:
             found.append(settings)
     return found
-
-
-class StepJudgements(Mapping[int, dict[Asked, Judgement]]):
-    """What a judge said of the answers of each checkpoint, read when it is asked for.
-
-    Args:
-        tasks: What was asked, by step.
-        records: Step to the record that holds every judgement of it, be it an error.
-    """
-
-    def __init__(self, tasks: Mapping[int, Sequence[JudgeTask]], records: Mapping[int, JudgementRecord]) -> None:
-        self._tasks = tasks
-        self._records = records
-
-    def __getitem__(self, step: int) -> dict[Asked, Judgement]:
-        """Return the judgements of a step."""
-        return self._records[step].find(self._tasks[step], with_errors=True)
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the steps."""
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._records)
 
 
 def fully_judged(

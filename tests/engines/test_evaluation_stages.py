@@ -135,7 +135,7 @@ def test_what_is_read_again_from_the_disk_gives_the_same_files(run: RunFolder, m
     )
     assert written() == first
     # No more than two checkpoints are held of anything; places are found in sorted parts of a few.
-    monkeypatch.setattr("emtool.core.recent.MAX_ITEMS", 1)
+    monkeypatch.setattr("emtool.core.by_step.MAX_ITEMS", 1)
     monkeypatch.setattr("emtool.engines.place_index._MAX_LOOSE", 3)
     assert written() == first
     (run.evaluation_path / "judgements.jsonl").unlink()
