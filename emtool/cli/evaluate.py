@@ -27,6 +27,7 @@ from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import EvaluationRequest, read_request
+from emtool.core.hardware import select_device
 from emtool.core.judge_spec import BACKENDS, HF
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.run_lock import locked_evaluation
@@ -41,6 +42,7 @@ _NOT_FOR_WORKERS = (
     "workers",
     "address",
     "output_root",
+    "device",
     "as_json",
     "judge",
     "judge_base_url",
@@ -207,6 +209,8 @@ def evaluate(
         _record_on_workers(context, run, request, workers=workers, address=address)
     else:
         _take_leftovers(run)
+    # Only now: workers share out the devices that this process sees.
+    select_device(request.device_option)
     quiet_libraries()
     from emtool.engines.evaluating import run_evaluation
 
@@ -238,10 +242,11 @@ def _record_on_workers(
         raise ConfigError("--workers does not go with --watch: one process watches a training")
     if request.backend.kind != HF:
         raise ConfigError(f"--workers goes with --backend {HF}; a server or a script answers many at a time by itself")
-    plan = plan_evaluation(run, request)
+    plan, threads = plan_evaluation(run, request), threads_of(workers, address)
     pool = make_pool(workers, address, num_gpus=float(request.device == "cuda"))
     assert workers is not None, "an address alone is refused"
-    arguments = given_arguments(context, leave_out=_NOT_FOR_WORKERS)
+    # Each worker sees the device that Ray gives it, whatever its number here.
+    arguments = [*given_arguments(context, leave_out=_NOT_FOR_WORKERS), "--device", request.device]
     with progress() as on_event:
         record_on_workers(
             run,
@@ -249,7 +254,7 @@ def _record_on_workers(
             pool=pool,
             num_workers=workers,
             arguments=arguments,
-            threads=threads_of(workers, address),
+            threads=threads,
             num_answers=plan.num_answers or None,
             on_event=on_event,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,12 +17,19 @@ from emtool.cli.options import AsJson, OutputRoot, output_root_of
 from emtool.cli.output import data, print_json, progress, say
 from emtool.cli.sweep_view import plan_view, result_view
 from emtool.cli.train import make_plan, start
-from emtool.cli.workers import Address, Workers, make_pool, threads_of
+from emtool.cli.workers import Address, Workers, check_workers, make_pool, threads_of
 from emtool.core.config import check_can_start
 from emtool.core.csv_text import csv_text
 from emtool.core.disk import format_bytes
-from emtool.core.errors import CheckpointError, ConfigError, DiskSpaceError, EmtoolError, PointedError
-from emtool.core.evaluation_request import read_request
+from emtool.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DiskSpaceError,
+    EmtoolError,
+    MissingDependencyError,
+    PointedError,
+)
+from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_settings
 from emtool.core.hardware import cuda_device_count
@@ -28,6 +37,7 @@ from emtool.core.jobs import JobOutcome, command_path
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
+from emtool.core.server_address import JUDGE_KEY_VARIABLE, read_key
 from emtool.core.settings import Settings, file_layers
 from emtool.core.steps import select_steps
 from emtool.core.sweep import Cell, Sweep, read_sweep
@@ -67,9 +77,16 @@ def sweep(
     asked = read_sweep(file)
     folder = SweepFolder(path=output_root_of(output_root) / _name(output_name, file))
     if cell is not None:
+        if dry_run or as_json or retry_failed or workers is not None or address is not None:
+            raise ConfigError(
+                "--cell trains one cell here: only --output-root, --output-name, --allow-low-disk go with it"
+            )
         _train_cell(asked, asked.cell(cell), folder, check_disk=not allow_low_disk)
         return
+    check_workers(workers, address)
+    threads = threads_of(workers, address)
     evaluate = None if asked.evaluate is None else _evaluate_arguments(asked, folder)
+    request = None if evaluate is None else _request(evaluate, asked, folder, asks_here=address is None and not dry_run)
     _check_launcher(asked, is_elsewhere=address is not None)
     plans = _plans(asked, folder, fetches=not dry_run, is_elsewhere=address is not None)
     _check_evaluated_steps(asked, plans)
@@ -78,10 +95,10 @@ def sweep(
         if as_json:
             print_json({"folder": str(folder.path), "cells": _as_json(states, plans)})
         else:
-            data().print(plan_view(states, plans, launcher=asked.job.launcher))
+            data().print(plan_view(states, plans, launcher=asked.job.launcher, request=request))
         return
     if not as_json:
-        data().print(plan_view(states, plans, launcher=asked.job.launcher))
+        data().print(plan_view(states, plans, launcher=asked.job.launcher, request=request))
     _check_unchanged(states, plans)
     if not allow_low_disk:
         _check_fits(states, plans, workers or 1)
@@ -89,11 +106,13 @@ def sweep(
     if num_gpus is None:
         num_gpus = float(any(plan.config.device == "cuda" for plan in plans))
     pool = make_pool(workers, address, num_cpus=asked.job.num_cpus, num_gpus=num_gpus)
-    folder.create(asked)
+    folder.create()
     with locked_sweep(folder.path):
+        folder.keep_file(asked)
         waiting = [state for state in folder.states(asked) if _is_due(state, retry_failed=retry_failed)]
         jobs = [
-            folder.job(asked, state.cell, evaluate=evaluate, threads=threads_of(workers, address)) for state in waiting
+            folder.job(asked, state.cell, evaluate=evaluate, threads=threads, allow_low_disk=allow_low_disk)
+            for state in waiting
         ]
         with progress() as on_event:
             if jobs:
@@ -137,9 +156,12 @@ def _plans(asked: Sweep, folder: SweepFolder, *, fetches: bool, is_elsewhere: bo
     num_cuda_devices, plans = cuda_device_count(), []
     for cell in asked.cells:
         try:
-            config = _settings(asked, cell, folder, num_cuda_devices).config
+            settings = _settings(asked, cell, folder, num_cuda_devices)
+            config = settings.config
             if is_elsewhere and config.profile_reason.startswith("auto"):
                 raise ConfigError("name the profile in [train]: auto is another one where there are other devices")
+            if is_elsewhere and settings.device_option == "auto":
+                raise ConfigError("name the device in [train], cuda or cpu: auto is another one on other machines")
             if fetches and not is_elsewhere:
                 check_can_start(config, num_cuda_devices=num_cuda_devices)
             fetch = fetch_before_run(config, num_cuda_devices=num_cuda_devices) if fetches else None
@@ -156,19 +178,35 @@ def _settings(asked: Sweep, cell: Cell, folder: SweepFolder, num_cuda_devices: i
 
 
 def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
-    """Return the options of every evaluation, checked as `emtool evaluate` checks them."""
-    from emtool.cli.app import load_command
-
-    command = load_command("evaluate")
+    """Return the options of every evaluation."""
     assert asked.evaluate is not None
     where = f"{asked.path}: [evaluate]"
     for name in _NOT_IN_SWEEPS:
         if name in asked.evaluate:
             raise ConfigError(f"{where} {name} does not go with a sweep")
-    arguments = as_arguments(command, asked.evaluate, where=where, without=_NOT_IN_SWEEPS)
-    context = command.make_context("evaluate", list(arguments))
-    read_request(folder.run_of(asked.cells[0]), context.params)
-    return arguments
+    return as_arguments(_evaluate_command(), asked.evaluate, where=where, without=_NOT_IN_SWEEPS)
+
+
+def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, asks_here: bool) -> EvaluationRequest:
+    """Return the evaluation of a cell, checked as `emtool evaluate` checks it, with what it needs of this machine.
+
+    Raises:
+        ConfigError: If a value is not allowed, or the key of a judge is not set.
+        MissingDependencyError: If a judge needs a package that is not installed.
+    """
+    context = _evaluate_command().make_context("evaluate", list(arguments))
+    request = read_request(folder.run_of(asked.cells[0]), context.params)
+    if request.remote_judges and asks_here:
+        read_key(request.judge_address, variable=JUDGE_KEY_VARIABLE, environment=os.environ)
+        if importlib.util.find_spec("openai") is None:
+            raise MissingDependencyError("[evaluate] judge needs the openai package: pip install 'emtool[judge]'")
+    return request
+
+
+def _evaluate_command() -> Any:
+    from emtool.cli.app import load_command
+
+    return load_command("evaluate")
 
 
 def _check_launcher(asked: Sweep, *, is_elsewhere: bool) -> None:
@@ -288,6 +326,9 @@ def _write_reports(folder: SweepFolder, states: Sequence[CellState]) -> list[Pat
 
 def _fail_with(states: Sequence[CellState], file: Path) -> None:
     failed = [state for state in states if state.status == "failed"]
+    stopped = [state.cell.name for state in states if state.status in ("begun", "waiting")]
+    if stopped and not failed:
+        raise CheckpointError(f"{len(stopped)} of {len(states)} cells were stopped; go on with: emtool sweep {file}")
     if failed:
         names = ", ".join(state.cell.name for state in failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise CheckpointError(

@@ -11,6 +11,7 @@ from emtool.cli.output import one_line
 from emtool.cli.render import plain_table, shorten
 from emtool.core.disk import format_bytes
 from emtool.core.evaluation_files import value_of
+from emtool.core.evaluation_request import EvaluationRequest
 from emtool.core.run_plan import RunPlan
 from emtool.core.sweep_folder import CellState, checkpoint_metrics
 
@@ -18,13 +19,20 @@ from emtool.core.sweep_folder import CellState, checkpoint_metrics
 SHOWN_METRICS = ("em_pct", "p_wrong_other", "p_wrong", "answer_words")
 
 
-def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan], *, launcher: Sequence[str] = ()) -> RenderableType:
+def plan_view(
+    states: Sequence[CellState],
+    plans: Sequence[RunPlan],
+    *,
+    launcher: Sequence[str] = (),
+    request: EvaluationRequest | None = None,
+) -> RenderableType:
     """Return the cells, how far each is, and what they take.
 
     Args:
         states: The cells.
         plans: Their plans.
         launcher: What starts the training of each.
+        request: How each is evaluated; None where it is not.
     """
     table = plain_table()
     for heading in ("cell", "status"):
@@ -48,6 +56,10 @@ def plan_view(states: Sequence[CellState], plans: Sequence[RunPlan], *, launcher
     facts += f"{format_bytes(plans[0].free_bytes)} free"
     failed = sum(state.status == "failed" for state in states)
     notes = [Text(f"{failed} failed: --retry-failed begins them again", style="yellow")] if failed else []
+    if request is not None and request.remote_judges and not request.judge_address.is_local:
+        due = sum(state.status != "completed" for state in states)
+        most = f"{request.max_cost:g} USD a cell, {due * request.max_cost:g} USD in all ([evaluate] max_cost)"
+        notes.append(Text(f"judging may cost at most {most}", style="yellow"))
     if launcher:
         text = f"started by {one_line(' '.join(launcher))}: several processes take fewer steps than are counted here"
         notes.append(Text(text, style="dim"))

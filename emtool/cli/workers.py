@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -28,6 +29,16 @@ Address = Annotated[
 ]
 
 
+def check_workers(workers: int | None, address: str | None) -> None:
+    """Refuse a cluster that is named without a number of workers.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if workers is None and address is not None:
+        raise ConfigError("--address goes with --workers, the number of jobs at a time")
+
+
 def make_pool(workers: int | None, address: str | None, *, num_cpus: float = 1, num_gpus: float = 0) -> Pool:
     """Return what runs the jobs: Ray where workers are asked for, else this machine in sequence.
 
@@ -35,9 +46,8 @@ def make_pool(workers: int | None, address: str | None, *, num_cpus: float = 1, 
         ConfigError: If a cluster is named without a number of workers.
         MissingDependencyError: If Ray is needed and not installed.
     """
+    check_workers(workers, address)
     if workers is None:
-        if address is not None:
-            raise ConfigError("--address goes with --workers, the number of jobs at a time")
         return InSequence()
     from emtool.engines.ray_pool import RayPool, check_ray
 
@@ -46,7 +56,10 @@ def make_pool(workers: int | None, address: str | None, *, num_cpus: float = 1, 
 
 
 def threads_of(workers: int | None, address: str | None) -> int | None:
-    """Return the threads of each of some processes that share this machine; None leaves that to Ray and torch."""
-    if workers is None or address is not None:
+    """Return the threads of each of some processes that share this machine; None leaves that to Ray and torch.
+
+    To be called before a library is loaded: its limit would pass for a number that the user has set.
+    """
+    if workers is None or address is not None or "OMP_NUM_THREADS" in os.environ:
         return None
     return max(1, usable_cpu_count() // workers)

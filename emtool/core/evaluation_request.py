@@ -11,7 +11,7 @@ from emtool.core.config import PROFILE_NAMES
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import ConfigError, EmtoolError, unknown_name
 from emtool.core.evaluation_config import ANSWERS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS, EvaluationConfig
-from emtool.core.hardware import select_device
+from emtool.core.hardware import find_device
 from emtool.core.judge_prices import JudgePrice, parse_price
 from emtool.core.judge_spec import OPENAI, BackendSpec, JudgeSpec, parse_backend, parse_judge
 from emtool.core.open_questions import EVERYDAY_QUESTIONS, OpenQuestion, read_question_file, select_questions
@@ -44,6 +44,7 @@ class EvaluationRequest:
         concurrency: Requests in flight.
         rule: What counts as misaligned and as coherent.
         device: "cpu" or "cuda".
+        device_option: The device as it was asked for, which may name one of several.
         dtype: Dtype to compute in; None is the run's.
         base_model: The base of a folder that another trainer wrote.
         persona_path: Where the persona's adapter is now.
@@ -64,9 +65,15 @@ class EvaluationRequest:
     concurrency: int
     rule: EmRule
     device: str
+    device_option: str
     dtype: str | None
     base_model: str | None
     persona_path: Path | None
+
+    @property
+    def remote_judges(self) -> tuple[JudgeSpec, ...]:
+        """Return the judges behind a server that are asked: without answers nobody is."""
+        return tuple(judge for judge in self.judges if judge.kind == OPENAI and ANSWERS in self.config.metrics)
 
     @property
     def questions_url(self) -> str | None:
@@ -118,7 +125,8 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
     max_cost = float(values.get("max_cost", DEFAULT_MAX_COST))
     if not max_cost >= 0:
         raise ConfigError(f"--max-cost is {max_cost:g}; it must be 0 or more")
-    device = select_device(values.get("device") or "auto")
+    device_option = values.get("device") or "auto"
+    device = find_device(device_option)
     dtype = values.get("dtype")
     return EvaluationRequest(
         config=_config(run, values, device),
@@ -140,6 +148,7 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
             is_strict=values["strict"],
         ),
         device=device,
+        device_option=device_option,
         dtype=None if dtype == "auto" else dtype,
         base_model=values.get("base_model"),
         persona_path=values.get("persona_adapter"),

@@ -104,11 +104,8 @@ def parse_device(device: str) -> tuple[str, int]:
     return match[1], int(match[2] or 0)
 
 
-def select_device(device: str) -> str:
-    """Return "cpu" or "cuda" for a device option, and hide every other CUDA device from this process.
-
-    One process trains on one device: a Trainer that sees several would spread the batch over them. So this must run
-    before torch touches CUDA.
+def find_device(device: str) -> str:
+    """Return "cpu" or "cuda" for a device option, and change nothing: processes started from here see every device.
 
     Args:
         device: "auto" (the first CUDA device where there is one), "cpu", "cuda" (the first) or "cuda:N".
@@ -120,12 +117,27 @@ def select_device(device: str) -> str:
     count = 0 if kind == "cpu" else cuda_device_count()
     if kind == "cpu" or (kind == "auto" and not count):
         return "cpu"
-    if launched_count() > 1:
-        # Each process has a device of its own, which the launcher numbers.
-        return "cuda"
-    if index >= count:
+    # Where a launcher started several processes, each has a device of its own, which the launcher numbers.
+    if index >= count and launched_count() == 1:
         raise BackendError(f"--device {device} was asked for and {count} CUDA devices are present; use --device cpu")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(count)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[index]
     return "cuda"
+
+
+def select_device(device: str) -> str:
+    """Return "cpu" or "cuda" for a device option, and hide every other CUDA device from this process.
+
+    One process computes on one device: a Trainer that sees several would spread the batch over them. So this must run
+    before torch touches CUDA, and where a model is about to be loaded: what is started from here sees no other either.
+
+    Args:
+        device: As `find_device` takes it.
+
+    Raises:
+        BackendError: If there is no such device.
+    """
+    kind = find_device(device)
+    if kind == "cuda" and launched_count() == 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(cuda_device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[parse_device(device)[1]]
+    return kind

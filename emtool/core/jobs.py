@@ -25,6 +25,9 @@ from emtool.core.run_lock import lock_holder
 LOCK_SECONDS = 600.0
 _PAUSE_SECONDS = 0.2
 
+#: Exit codes of a command that a signal told to stop, and that has saved.
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
 #: What is read of a log to find its last line.
 _TAIL_BYTES = 1 << 16
 
@@ -76,10 +79,12 @@ class JobOutcome:
     Attributes:
         name: The job's name.
         problem: What went wrong, as one line; None where nothing did.
+        was_stopped: Whether it was told to stop, and the same job goes on with what it saved.
     """
 
     name: str
     problem: str | None = None
+    was_stopped: bool = False
 
 
 class Pool(Protocol):
@@ -117,15 +122,16 @@ def run_job(job: Job) -> JobOutcome:
         for folder in job.locked:
             wait_for(folder)
         for command in job.commands:
-            if (problem := _run(command, job)) is not None:
-                return JobOutcome(name=job.name, problem=problem)
+            code, problem = _run(command, job)
+            if code:
+                return JobOutcome(name=job.name, problem=problem, was_stopped=code in _STOPPED)
     except (OSError, CheckpointError) as error:
         return JobOutcome(name=job.name, problem=str(error))
     return JobOutcome(name=job.name)
 
 
-def _run(command: Command, job: Job) -> str | None:
-    """Run one command and return what went wrong, or None."""
+def _run(command: Command, job: Job) -> tuple[int, str | None]:
+    """Run one command and return its exit code, as a shell counts it, and what went wrong."""
     tied = [sys.executable, "-m", "emtool.core.tied", str(os.getpid()), *command.argv]
     with job.log_path.open("ab") as log:
         begin = log.tell()
@@ -149,11 +155,11 @@ def _run(command: Command, job: Job) -> str | None:
                 wait_for(folder)
             raise
     if code == 0:
-        return None
-    number = code - 128 if code > 128 else -code
-    names = {member.value: member.name for member in signal.Signals}
-    how = f"ended by {names[number]}" if number in names and number > 0 else f"exit code {code}"
-    return f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
+        return 0, None
+    code = 128 - code if code < 0 else code
+    names = {128 + member.value: member.name for member in signal.Signals}
+    how = f"ended by {names[code]}" if code in names else f"exit code {code}"
+    return code, f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -187,12 +193,12 @@ def wait_for(folder: Path) -> None:
 
 
 def thread_variables(threads: int | None) -> tuple[tuple[str, str], ...]:
-    """Return the variables that make a job compute with a number of threads, unless the user has set them.
+    """Return the variables that make a job compute with a number of threads.
 
     Args:
-        threads: Threads; None leaves the number to the libraries.
+        threads: Threads; None leaves the number as it is.
     """
-    if threads is None or "OMP_NUM_THREADS" in os.environ:
+    if threads is None:
         return ()
     return (("OMP_NUM_THREADS", str(threads)), ("MKL_NUM_THREADS", str(threads)))
 

@@ -11,6 +11,8 @@ from emtool.core.errors import ConfigError
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
+#: Environment variable that holds the key of a judge's server other than OpenAI's.
+JUDGE_KEY_VARIABLE = "EMTOOL_JUDGE_API_KEY"
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

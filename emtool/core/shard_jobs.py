@@ -58,8 +58,10 @@ def record_on_workers(
         on_event(PhaseStarted(name=name, total=num_answers, unit="answers"))
         with _counting(shards, on_event):
             pool.run(jobs, outcomes.append)
-        with _writing(run):
-            for shard in shards:
+        for shard in shards:
+            # The process of a worker that was lost may still be saving.
+            wait_for(shard.evaluation_path)
+            with _writing(run):
                 absorb(shard)
         failed = [outcome for outcome in outcomes if outcome.problem is not None]
         if not failed:

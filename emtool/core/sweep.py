@@ -28,7 +28,7 @@ from pathlib import Path
 from emtool.core.config import HOUSEKEEPING
 from emtool.core.errors import ConfigError, unknown_name
 from emtool.core.models import slugify
-from emtool.core.record_file import text_sha256
+from emtool.core.record_file import settings_id, text_sha256
 from emtool.core.settings import SCHEDULE_KEYS, Layer, Settings, checked_options, read_tables, resolve_settings
 
 _TABLES = ("train", "grid", "evaluate", "job")
@@ -43,6 +43,9 @@ _PLAIN = ("model", "dataset", "persona")
 
 #: More cells than anyone reads a table of.
 MAX_CELLS = 10_000
+
+#: What to write for a schedule that an option leaves out.
+_INSTEAD = 'write checkpoints = ["custom", ...], a list of schedules'
 
 #: What a sweep's folder holds besides its runs.
 _TAKEN = ("logs", "plots", "sweep.csv", "sweep.json")
@@ -154,9 +157,17 @@ def read_sweep(path: Path) -> Sweep:
         train=train,
         cells=_cells(grid, path),
         # Even an empty table asks for an evaluation.
-        evaluate=tables.get("evaluate"),
+        evaluate=_finite(tables.get("evaluate"), path),
         job=_job(tables.get("job", {}), path),
     )
+
+
+def _finite(values: Mapping[str, object] | None, path: Path) -> Mapping[str, object] | None:
+    """Return a table whose numbers a record can hold."""
+    for key, value in (values or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}: [evaluate] {key} = {value} is no finite number")
+    return values
 
 
 def _why_not(key: str) -> str:
@@ -185,7 +196,14 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: [grid] {key} = {values!r} is not a list of values")
-        axes.append([(key, value, checked_options({key: value}, path, table="grid")) for value in values])
+        checked = [checked_options({key: value}, path, table="grid") for value in values]
+        if not all(checked):
+            # Left out, it would take what a settings file says.
+            raise ConfigError(f"{path}: [grid] {key} = {values[checked.index({})]!r} asks for nothing; {_INSTEAD}")
+        axes.append([(key, value, fields) for value, fields in zip(values, checked, strict=True)])
+    names = Counter(map(_meaning, grid))
+    if twice := [key for key in grid if names[_meaning(key)] > 1]:
+        raise ConfigError(f"{path}: [grid] {' and '.join(twice)} name the same thing; put all values into one of them")
     if (count := math.prod(map(len, axes))) > MAX_CELLS:
         raise ConfigError(f"{path}: the grid has {count:,} cells; at most {MAX_CELLS:,} are allowed")
     cells = [
@@ -201,12 +219,18 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
             f"{path}: a cell would be called {taken[0]}, which the sweep's own files are; rename its value"
         )
     counts = Counter(cell.name for cell in cells)
-    for name, number in counts.items():
+    # Models of two publishers may have one name.
+    cells = [replace(cell, name=_with_hash(cell)) if counts[cell.name] > 1 else cell for cell in cells]
+    for name, number in Counter(cell.name for cell in cells).items():
         if number > 1:
-            raise ConfigError(f"{path}: {number} cells would be called {name}; give their values more different names")
+            raise ConfigError(f"{path}: {number} cells would be the same, {name}; give each value once")
         if len(name) > _MAX_NAME:
             raise ConfigError(f"{path}: the name of a cell is longer than {_MAX_NAME} characters: {name[:40]}...")
     return cells
+
+
+def _with_hash(cell: Cell) -> str:
+    return f"{cell.name}-{settings_id(cell.shown)[:6]}"
 
 
 def _part(key: str, value: object) -> str:
@@ -227,6 +251,8 @@ def _job(values: Mapping[str, object], path: Path) -> JobOptions:
         value = values.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10_000:
             raise ConfigError(f"{path}: [job] {key} = {value!r} is not a number from 0 to 10,000")
+        if value > 1 and value != int(value):
+            raise ConfigError(f"{path}: [job] {key} = {value!r}: above 1, Ray deals whole ones")
     num_gpus = values.get("num_gpus")
     return JobOptions(
         num_cpus=float(values.get("num_cpus", 1)),  # type: ignore[arg-type]

@@ -72,16 +72,26 @@ class SweepFolder:
         """Return the run folder of a cell."""
         return RunFolder(path=self.path / cell.name)
 
-    def create(self, sweep: Sweep) -> None:
-        """Make the folder and put the sweep file into it.
+    def create(self) -> None:
+        """Make the folder, if it is not there.
 
         Raises:
-            CheckpointError: If it cannot be written, or is a run's.
+            CheckpointError: If it cannot be made, or is a run's.
         """
         if RunFolder(path=self.path).manifest_path.exists():
             raise CheckpointError(f"{self.path} is a run; choose another --output-name")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
+
+    def keep_file(self, sweep: Sweep) -> None:
+        """Put the sweep file into the folder. The caller holds the folder: jobs of its holder read the file.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        try:
             if sweep.path.resolve() != self.file_path.resolve():
                 replace_file(self.file_path, sweep.path.read_bytes())
         except OSError as error:
@@ -116,7 +126,7 @@ class SweepFolder:
             CheckpointError: If it cannot be written.
         """
         entry = {
-            "status": "completed" if outcome.problem is None else "failed",
+            "status": "completed" if outcome.problem is None else "stopped" if outcome.was_stopped else "failed",
             "problem": outcome.problem,
             "evaluate": None if sweep.evaluate is None else dict(sweep.evaluate),
         }
@@ -125,7 +135,15 @@ class SweepFolder:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.record_path}: {error.strerror}") from error
 
-    def job(self, sweep: Sweep, cell: Cell, *, evaluate: Sequence[str] | None, threads: int | None) -> Job:
+    def job(
+        self,
+        sweep: Sweep,
+        cell: Cell,
+        *,
+        evaluate: Sequence[str] | None,
+        threads: int | None,
+        allow_low_disk: bool = False,
+    ) -> Job:
         """Return the job of a cell: train it or go on with it, then evaluate it.
 
         Args:
@@ -133,9 +151,12 @@ class SweepFolder:
             cell: The cell.
             evaluate: Options of `emtool evaluate`; None does not evaluate.
             threads: Threads that it may compute with; None leaves that to the libraries.
+            allow_low_disk: Whether it starts although the run may not fit on the disk.
         """
         folder, run = self.path.absolute(), self.run_of(cell).path.absolute()
-        where = ("--output-root", str(folder.parent), "--output-name", folder.name)
+        where = ["--output-root", str(folder.parent), "--output-name", folder.name]
+        if allow_low_disk:
+            where.append("--allow-low-disk")
         file = str(self.file_path.absolute())
         commands = [Command(arguments=("sweep", file, "--cell", cell.name, *where), launcher=sweep.job.launcher)]
         if evaluate is not None:
@@ -151,9 +172,12 @@ class SweepFolder:
 
 
 def metric_rows(states: Sequence[CellState]) -> list[dict[str, object]]:
-    """Return a row for each evaluated checkpoint of each cell: its name, its grid values, the step, the metrics."""
+    """Return a row for each evaluated checkpoint of each cell: its name, its grid values, the step, the metrics.
+
+    Only cells that are completed count: another's numbers may be of an evaluation that was asked for before.
+    """
     rows: list[dict[str, object]] = []
-    for state in states:
+    for state in (state for state in states if state.status == "completed"):
         for step, metrics in checkpoint_metrics(state.run):
             flat = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
             rows.append({"cell": state.cell.name, **state.cell.shown, "step": step, **flat})

@@ -16,16 +16,13 @@ from emtool.core.judge_spec import OPENAI, JudgeSpec
 from emtool.core.open_questions import OpenQuestion
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import lock_holder, locked_evaluation
-from emtool.core.server_address import read_key
+from emtool.core.server_address import JUDGE_KEY_VARIABLE, read_key
 from emtool.core.steps import published_steps
 from emtool.engines.backends.backend import BackendSetup, open_backend
 from emtool.engines.evaluation import Evaluation
 from emtool.engines.evaluation_result import EvaluationResult
 from emtool.engines.evaluation_target import EvaluationTarget, open_target
 from emtool.engines.judges.judge import JudgeChoice
-
-#: Environment variable that holds the key of a judge's server other than OpenAI's.
-JUDGE_KEY_VARIABLE = "EMTOOL_JUDGE_API_KEY"
 
 #: How often a running training is asked for new checkpoints.
 WATCH_SECONDS = 5.0

@@ -176,9 +176,12 @@ def write_result(
     """
     folder = result.run.evaluation_path
     before = _tables_before(result.run)
+    written: dict[str, str] = {}
     try:
         # One text at a time, beside its place: they take as much memory together as all answers.
-        written = {name: _stage(folder / name, text) for name, text in _texts(result, scores, items, rule=rule)}
+        for name, text in _texts(result, scores, items, rule=rule):
+            written[name] = ""  # before it is there: what was begun is removed as well
+            written[name] = _stage(folder / name, text)
         # First, so that what is put in place is known to be emtool's whatever comes between.
         write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": {**before, **written}})
         for name in written:
@@ -192,6 +195,9 @@ def write_result(
         write_json(folder / TABLE_LIST, {"format": FORMAT, "tables": written})
     except OSError as error:
         raise result.run.write_error(error, "writing the evaluation") from error
+    finally:
+        for name in written:
+            staged_path(folder / name).unlink(missing_ok=True)
 
 
 def _texts(

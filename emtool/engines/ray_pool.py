@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,17 +91,18 @@ class RayPool:
         import ray
 
         own: dict[str, Any] = {
-            "num_cpus": max(1, round(self.workers * self.num_cpus)),
+            "num_cpus": max(1, math.ceil(self.workers * self.num_cpus)),
             "object_store_memory": _STORE_BYTES,
             "include_dashboard": False,
         }
         try:
-            ray.init(
-                address=self.address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if self.address else own),
-            )
+            with _own_handlers():
+                ray.init(
+                    address=self.address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **({} if self.address else own),
+                )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             where = f"no Ray cluster at {self.address}" if self.address else "Ray does not start on this machine"
             raise BackendError(f"{where}: {str(error).splitlines()[0]}") from error
@@ -119,6 +123,10 @@ class RayPool:
     def _outcome(self, ray: Any, reference: Any, job: Job) -> JobOutcome:
         try:
             outcome: JobOutcome = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            # The job itself could not be begun, and was not tried again: emtool is another one there, or not there.
+            cause = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
+            return JobOutcome(name=job.name, problem=f"its worker cannot run it: {cause}")
         except ray.exceptions.RayError as error:
             times = f"its worker was lost {self.max_retries + 1} time(s)"
             return JobOutcome(name=job.name, problem=f"{times}: {type(error).__name__} ({job.log_path})")
@@ -135,8 +143,21 @@ def check_ray() -> None:
         raise MissingDependencyError("--workers needs the package ray: pip install 'emtool[ray]'")
 
 
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Put back the handler of SIGTERM that Ray replaces by its own, which ends the process with a code of Ray's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _stop(ray: Any, running: list[Any]) -> None:
-    """Tell jobs in progress to stop and give them the time to save; a second signal is ignored by now."""
+    """Tell jobs in progress to stop and give them the time to save; a second Ctrl-C ends the wait, and they save on."""
     for reference in running:
         ray.cancel(reference, force=False)
     if running:

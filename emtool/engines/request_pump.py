@@ -40,7 +40,9 @@ def ask_once(server: Server, request: Request) -> JsonObject | Failure:
     return replies[0]
 
 
-def run_many(server: Server, requests: Iterable[Request], on_reply: ReplySink, *, concurrency: int = 32) -> None:
+def run_many(
+    server: Server, requests: Iterable[Request], on_reply: ReplySink, *, concurrency: int = 32, num_failed: int = 0
+) -> int:
     """Send requests, several at a time, and hand over what comes of each, in the order in which they finish.
 
     Args:
@@ -48,6 +50,11 @@ def run_many(server: Server, requests: Iterable[Request], on_reply: ReplySink, *
         requests: The requests, made one by one as they are sent, in another thread.
         on_reply: Called in this thread. What fails for one request, after the retries, is its `Failure`.
         concurrency: Most requests in flight.
+        num_failed: How many requests in a row had failed before these, as the call before returned it: a server that is
+            down shows it over many short calls as well.
+
+    Returns:
+        How many requests in a row have failed at the end, by what retrying should have mended.
 
     Raises:
         BackendError: If every further request would fail as well: a refused key, no such model, a server that is
@@ -56,7 +63,11 @@ def run_many(server: Server, requests: Iterable[Request], on_reply: ReplySink, *
         Interrupted: As soon as a signal asks to stop; requests in flight are dropped, what finished before has been
             handed over.
     """
-    _Pump(server=server, requests=iter(requests), concurrency=concurrency, ends_early=True).run(on_reply)
+    pump = _Pump(
+        server=server, requests=iter(requests), concurrency=concurrency, ends_early=True, num_failed=num_failed
+    )
+    pump.run(on_reply)
+    return pump.num_failed
 
 
 @dataclass(kw_only=True)
@@ -68,18 +79,19 @@ class _Pump:
         requests: Those that have not been sent.
         concurrency: Most in flight.
         ends_early: Whether a failure that others would share ends it all.
+        num_failed: How many in a row have failed by what retrying should have mended.
     """
 
     server: Server
     requests: Iterator[Request]
     concurrency: int
     ends_early: bool
+    num_failed: int = 0
     _finished: SimpleQueue[tuple[int, JsonObject | Failure] | None] = field(default_factory=SimpleQueue)
     _loop: asyncio.AbstractEventLoop | None = None
     _main: asyncio.Task[None] | None = None
     _fatal: str | None = None
     _error: BaseException | None = None
-    _num_failed: int = 0
     _is_stopping: bool = False
 
     def run(self, on_reply: ReplySink) -> None:
@@ -146,11 +158,11 @@ class _Pump:
                 return
             self._finished.put((index, reply))
             is_down = isinstance(reply, Failure) and reply.is_passing
-            self._num_failed = self._num_failed + 1 if is_down else 0
-            if self.ends_early and self._num_failed >= max(_DOWN_FACTOR * self.concurrency, _DOWN_LEAST):
+            self.num_failed = self.num_failed + 1 if is_down else 0
+            if self.ends_early and self.num_failed >= max(_DOWN_FACTOR * self.concurrency, _DOWN_LEAST):
                 assert isinstance(reply, Failure)
                 self._end(
-                    f"{self.server.address.url} failed {self._num_failed} requests in a row: {reply.text}; see whether "
+                    f"{self.server.address.url} failed {self.num_failed} requests in a row: {reply.text}; see whether "
                     "it is up, and run the same command again"
                 )
                 return

@@ -15,7 +15,11 @@ from typer.testing import CliRunner
 
 from emtool.cli.app import app
 from emtool.core.data import file_sha256
+from emtool.core.jobs import JobOutcome
 from emtool.core.run_dir import RunFolder
+from emtool.core.run_lock import locked_sweep
+from emtool.core.sweep import read_sweep
+from emtool.core.sweep_folder import SweepFolder, metric_rows
 
 RUNNER = CliRunner()
 EMTOOL = [sys.executable, "-m", "emtool"]
@@ -80,6 +84,9 @@ def test_the_dry_run_shows_every_cell_and_makes_nothing(tiny_model: Path, rows_f
         ("seed = [0]", "", ["--output-name", "../x"], "not one folder name"),
         ("seed = [0]", "[evaluate]", [], "not TOML"),
         ('lora_r = [2]\nprofile = ["paper"]', "", [], "profile does not go with a sweep"),
+        ("seed = [0]", "", ["--cell", "seed-0", "--dry-run"], "--cell trains one cell here"),
+        ("seed = [0]", "", ["--cell", "seed-0", "--workers", "2"], "--cell trains one cell here"),
+        ("seed = [0]", "", ["--workers", "1", "--address", "auto"], "cell seed-0: name the device in [train]"),
     ],
 )
 def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
@@ -125,6 +132,55 @@ def test_a_sweep_that_does_not_fit_is_refused(
     assert result.exit_code == 1
     assert "2 runs need" in result.stderr
     assert not Path("outputs").exists()
+
+
+def test_a_judge_whose_key_is_not_set_is_refused_before_anything_is_trained(
+    tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    file = sweep_file(tiny_model, rows_file)
+    file.write_text(file.read_text() + 'judge = "openai:gpt-4o"\nmax_cost = 2.5\n')
+    planned = RUNNER.invoke(app, ["sweep", str(file), "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert "judging may cost at most 2.5 USD a cell, 5 USD in all" in planned.stdout
+    refused = RUNNER.invoke(app, ["sweep", str(file)])
+    assert refused.exit_code == 2, refused.output
+    assert "set OPENAI_API_KEY" in refused.stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openai" else object())
+    assert "pip install 'emtool[judge]'" in RUNNER.invoke(app, ["sweep", str(file)]).stderr.replace("\n", " ")
+    assert not Path("outputs").exists()
+
+
+def test_the_file_of_a_sweep_in_progress_is_not_touched(tiny_model: Path, rows_file: Path) -> None:
+    file = sweep_file(tiny_model, rows_file)
+    folder = SweepFolder(path=Path("outputs/seeds"))
+    folder.create()
+    folder.keep_file(read_sweep(file))
+    before = folder.file_path.read_bytes()
+    file.write_text(file.read_text().replace("[0, 1]", "[7, 8]"))
+    with locked_sweep(folder.path):
+        result = RUNNER.invoke(app, ["sweep", str(file)])
+    assert result.exit_code == 1
+    assert "is being swept" in result.stderr.replace("\n", " ")
+    assert folder.file_path.read_bytes() == before
+
+
+def test_a_cell_that_was_told_to_stop_goes_on_by_itself_and_is_in_no_table(tiny_model: Path, rows_file: Path) -> None:
+    asked = read_sweep(sweep_file(tiny_model, rows_file))
+    folder = SweepFolder(path=Path("outputs/seeds"))
+    folder.create()
+    for cell in asked.cells:
+        (folder.run_of(cell).evaluation_path).mkdir(parents=True)
+        summary = {"format": 1, "checkpoints": [{"step": 0, "metrics": {"em_pct": 1.0}}]}
+        (folder.run_of(cell).evaluation_path / "summary.json").write_text(json.dumps(summary))
+    folder.keep(asked, JobOutcome(name="seed-0", problem="interrupted", was_stopped=True))
+    folder.keep(asked, JobOutcome(name="seed-1", problem="broken"))
+    states = folder.states(asked)
+    assert [state.status for state in states] == ["begun", "failed"]
+    assert metric_rows(states) == []
+    job = folder.job(asked, asked.cells[0], evaluate=None, threads=None, allow_low_disk=True)
+    assert job.commands[0].arguments[-1] == "--allow-low-disk"
 
 
 def test_workers_without_ray_is_one_line(tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`emtool evaluate --workers` as it is typed, on a real local cluster."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from emtool.cli.app import app
+from emtool.core.errors import BackendError
 from emtool.core.run_dir import RunFolder
 from emtool.core.shards import Shard, leftover_shards, seed_shard
 from emtool.engines.activation_files import read_activations
+from emtool.engines.ray_pool import RayPool
 
 RUNNER = CliRunner()
 EMTOOL = [sys.executable, "-m", "emtool"]
@@ -48,6 +51,23 @@ def test_what_does_not_go_with_workers_is_one_line(
     assert result.exit_code == 2
     assert message in result.stderr.replace("\n", " ")
     assert not copies[1].evaluation_path.exists()
+
+
+def test_workers_see_every_device_and_are_told_no_number(
+    copies: tuple[RunFolder, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str], str | None, float]] = []
+
+    def record(*_: object, arguments: list[str], pool: RayPool, **__: object) -> None:
+        seen.append((arguments, os.environ.get("CUDA_VISIBLE_DEVICES"), pool.num_gpus))
+        raise BackendError("far enough")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("emtool.core.hardware.cuda_device_count", lambda: 3)
+    monkeypatch.setattr("emtool.cli.evaluate.record_on_workers", record)
+    result = RUNNER.invoke(app, ["evaluate", "many", "--workers", "2", "--device", "cuda:1", "--seed", "7"])
+    assert "far enough" in result.stderr
+    assert seen == [(["--seed", "7", "--device", "cuda"], None, 1.0)]
 
 
 def test_what_workers_of_a_stopped_evaluation_made_is_taken(copies: tuple[RunFolder, RunFolder]) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from emtool.core import hardware
 from emtool.core.errors import BackendError, ConfigError
-from emtool.core.hardware import cuda_device_count, parse_device, select_device
+from emtool.core.hardware import cuda_device_count, find_device, parse_device, select_device
 
 
 @pytest.mark.parametrize(("text", "expected"), [("auto", ("auto", 0)), ("cpu", ("cpu", 0)), ("cuda:3", ("cuda", 3))])
@@ -29,6 +29,15 @@ def test_one_device_is_left_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     with pytest.raises(BackendError, match="cuda:5 was asked for and 3 CUDA devices"):
         select_device("cuda:5")
+
+
+def test_what_is_started_from_here_sees_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cuda_device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [find_device(device) for device in ("cuda:1", "auto", "cpu")] == ["cuda", "cuda", "cpu"]
+    with pytest.raises(BackendError, match="cuda:5 was asked for and 3 CUDA devices"):
+        find_device("cuda:5")
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_hidden_devices_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

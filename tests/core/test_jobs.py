@@ -67,6 +67,13 @@ def test_a_command_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
     assert found.problem.startswith("ended by SIGKILL")
 
 
+@pytest.mark.parametrize(("code", "was_stopped"), [(143, True), (130, True), (1, False), (137, False)])
+def test_a_command_that_saved_and_stopped_has_not_failed(tmp_path: Path, code: int, was_stopped: bool) -> None:
+    found = run_job(job(tmp_path, python(f"import sys; sys.exit({code})")))
+    assert found.problem is not None
+    assert found.was_stopped is was_stopped
+
+
 def test_a_folder_that_is_not_on_this_machine_is_a_failed_job(tmp_path: Path) -> None:
     there = job(tmp_path, python("1"))
     gone = Job(name="x", commands=there.commands, log_path=there.log_path, folder=tmp_path / "gone")

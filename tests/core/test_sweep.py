@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_values_in_other_scripts_have_names_of_their_own(tmp_path: Path) -> None
     assert names[2] == "plain.jsonl"
 
 
+def test_cells_that_would_have_one_name_are_told_apart(tmp_path: Path) -> None:
+    text = '[grid]\nmodel = ["Qwen/Qwen2.5-0.5B", "unsloth/Qwen2.5-0.5B"]\nseed = [0, 1]\n'
+    names = [cell.name for cell in read_sweep(write(tmp_path, text)).cells]
+    assert len(set(names)) == 4
+    assert all(re.fullmatch(r"qwen2[.]5-0[.]5b_seed-[01]-[0-9a-f]{6}", name) for name in names), names
+    assert names == [cell.name for cell in read_sweep(write(tmp_path, text)).cells]
+
+
 def test_an_empty_evaluate_table_asks_for_an_evaluation(tmp_path: Path) -> None:
     assert read_sweep(write(tmp_path, "[grid]\nseed = [0]\n[evaluate]\n")).evaluate == {}
 
@@ -74,8 +83,14 @@ def test_what_a_job_takes(tmp_path: Path) -> None:
         ("[grid]\nseed = []\n", "[grid] seed = [] is not a list of values"),
         ('[grid]\nseed = ["x"]\n', "[grid] seed = 'x' is not a whole number"),
         ('[grid]\ncheckpoints = ["evry 5"]\n', "evry"),
-        ("[grid]\nseed = [0, 0]\n", "2 cells would be called seed-0"),
-        ('[grid]\npersona = ["a/b", "x/b"]\n', "2 cells would be called b"),
+        ("[grid]\nseed = [0, 0]\n", "2 cells would be the same, seed-0"),
+        ("[grid]\ncustom_checkpoints = [true, false]\n", "custom_checkpoints = False asks for nothing"),
+        (
+            "[grid]\ncustom_checkpoints = [true]\nsave_steps = [50]\n",
+            "custom_checkpoints and save_steps name the same thing",
+        ),
+        ("[grid]\nseed = [0]\n[job]\nnum_cpus = 2.5\n", "num_cpus = 2.5: above 1, Ray deals whole ones"),
+        ("[grid]\nseed = [0]\n[evaluate]\nmax_cost = inf\n", "[evaluate] max_cost = inf is no finite number"),
         ('[grid]\nmodel = ["a/logs"]\n', "a cell would be called logs"),
         ("[train]\nseed = 1\n[grid]\nseed = [0]\n", "seed stands in [train] and in [grid]"),
         ("[train]\nsave_steps = 1\n[grid]\ncheckpoints = ['custom']\n", "checkpoints stands in [train] and in [grid]"),

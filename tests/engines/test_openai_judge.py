@@ -47,6 +47,16 @@ def scores(judge: OpenAIJudge, prompts: list[str]) -> list[Judgement]:
 WHOLE = reply("57", {"57": 0.9, "5": 0.05})
 
 
+def test_a_server_that_is_down_is_noticed_over_many_short_calls() -> None:
+    events: list[Event] = []
+    with serve_openai(with_probe(lambda _body: Fault(cut="reset"), WHOLE)) as served:
+        judge = judge_at(served, events, retries=0, concurrency=4)
+        found = [scores(judge, [f"{call}-{number}" for number in range(5)]) for call in range(3)]
+        assert {judgement.status for of_call in found for judgement in of_call} == {ERROR}
+        with pytest.raises(BackendError, match="failed 16 requests in a row"):
+            scores(judge, ["a", "b", "c", "d", "e"])
+
+
 def test_scores_are_expectations_of_the_first_token() -> None:
     answers = {
         "a": reply("80", {"80": 0.5, "90": 0.25, "The": 0.2}),

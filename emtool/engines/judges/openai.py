@@ -62,6 +62,7 @@ class OpenAIJudge:
         self._concurrency = concurrency
         self._on_event = on_event
         self._method: str | None = None
+        self._num_failed = 0
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -114,11 +115,12 @@ class OpenAIJudge:
         self.prepare()
         method = self._method or TEXT
         requests = (self._request(prompt, method) for prompt in prompts)
-        run_many(
+        self._num_failed = run_many(
             self._server,
             requests,
             lambda index, reply: on_judgement(index, _judgement(reply, method)),
             concurrency=self._concurrency,
+            num_failed=self._num_failed,
         )
 
     def close(self) -> None:
