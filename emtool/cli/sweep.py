@@ -20,6 +20,7 @@ from emtool.cli.train import make_plan, start
 from emtool.cli.workers import Address, Workers, check_workers, make_pool, threads_of
 from emtool.core.config import check_can_start
 from emtool.core.csv_text import csv_text
+from emtool.core.data import file_sha256
 from emtool.core.disk import format_bytes
 from emtool.core.errors import (
     CheckpointError,
@@ -31,7 +32,7 @@ from emtool.core.errors import (
 )
 from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
-from emtool.core.finished import changed_settings
+from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
 from emtool.core.jobs import JobOutcome, command_path
 from emtool.core.run_dir import replace_file
@@ -245,10 +246,17 @@ def _check_unchanged(states: Sequence[CellState], plans: Sequence[RunPlan]) -> N
     Raises:
         CheckpointError: Names the first of them.
     """
+    hashes: dict[Path, str] = {}
     for state, plan in zip(states, plans, strict=True):
         if not state.run.manifest_path.exists():
             continue
-        if changes := changed_settings(state.run.read_manifest(), plan):
+        manifest, path = state.run.read_manifest(), plan.dataset.path
+        changes = changed_settings(manifest, plan)
+        if path is not None:
+            # Cells have few datasets among them.
+            hashes[path] = hashes.get(path) or file_sha256(path)
+            changes += changed_contents(manifest, plan, hashes[path])
+        if changes:
             raise CheckpointError(
                 f"{state.run.path} holds a run of another configuration: {'; '.join(changes)}; choose another "
                 "--output-name for the sweep, or remove the run"

@@ -72,7 +72,10 @@ def read_record(folder: Path) -> CheckpointRecord:
             step=_count(values["step"]),
             run_id=_text(values["run_id"]),
             requires=requires,
-            files={_file_name(path, name): _file(entry) for name, entry in values["files"].items()},
+            files={
+                name if _is_usual(name) else _file_name(path, name): _file(entry["bytes"], entry["sha256"])
+                for name, entry in values["files"].items()
+            },
             is_sharded=values.get("sharded") is True,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -101,11 +104,13 @@ def _read_regular(folder: Path, path: str) -> bytes:
     raise CheckpointError(f"{folder} is damaged: {RECORD_NAME} is not a regular file or absurdly large")
 
 
-def _file(entry: Mapping[str, object]) -> FileRecord:
-    sha256 = _text(entry["sha256"])
-    if not _SHA256.fullmatch(sha256):
+# By type as well: true is no number of bytes, and equal to one.
+@lru_cache(maxsize=1024, typed=True)
+def _file(num_bytes: object, sha256: object) -> FileRecord:
+    """Return what a file must hold; the checkpoints of a run share half of their files."""
+    if not _SHA256.fullmatch(_text(sha256)):
         raise ValueError(f"{sha256!r:.80} is not a SHA-256")
-    return FileRecord(_count(entry["bytes"]), sha256)
+    return FileRecord(_count(num_bytes), _text(sha256))
 
 
 def _count(value: object) -> int:
@@ -127,8 +132,6 @@ def _is_usual(name: str) -> bool:
 
 
 def _file_name(path: str, name: str) -> str:
-    if _is_usual(name):
-        return name
     parts = name.split("/")
     is_plain = not any(part in _NO_NAMES for part in parts) and name.isprintable()
     if not is_plain or any(len(part.encode("utf-8")) > _MAX_NAME_BYTES for part in parts):

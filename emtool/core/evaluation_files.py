@@ -28,6 +28,9 @@ TRANSITION_SUMMARY = "transitions.json"
 #: Far above any step, count or value; what lies beyond is no number of a run, and charts cannot draw it.
 MAX_COUNT, MAX_VALUE = 10**12, 1e30
 
+#: Digits of a number that cannot be larger than `MAX_COUNT`.
+_PLAIN_DIGITS = 12
+
 #: Far above any cell of these tables.
 _MAX_FIELD = 1 << 20
 
@@ -76,6 +79,8 @@ def number(cell: object) -> float | None:
 
 def count_of(cell: object) -> int | None:
     """Return the whole number from 0 that a cell is, or None where it is none, or absurdly large."""
+    if type(cell) is str and len(cell) <= _PLAIN_DIGITS and cell.isascii() and cell.isdigit():
+        return int(cell)
     value = number(cell)
     return int(value) if value is not None and 0 <= value <= MAX_COUNT and value == int(value) else None
 

@@ -73,9 +73,19 @@ def _changes(manifest: Mapping[str, object], plan: RunPlan) -> Iterator[str]:
     yield from _changed_plan(manifest, plan, ("total_steps", "num_processes"))
     if _comparable(manifest.get("config")).get("checkpoints") == plan.config.checkpoints:
         yield from _changed_plan(manifest, plan, ("planned_steps",))
-    if plan.dataset.path is None:
-        return  # a plan without its rows, which are fetched and compared before a run begins
-    sha256 = file_sha256(plan.dataset.path)
+    # A plan without its rows: they are fetched and compared before a run begins.
+    if plan.dataset.path is not None:
+        yield from changed_contents(manifest, plan, file_sha256(plan.dataset.path))
+
+
+def changed_contents(manifest: Mapping[str, object], plan: RunPlan, sha256: str) -> Iterator[str]:
+    """Yield how the rows of a manifest's run differ from those of a plan.
+
+    Args:
+        manifest: The manifest.
+        plan: The plan.
+        sha256: SHA-256 of the file of its dataset, in hexadecimal.
+    """
     if (recorded := _dataset_sha256(manifest)) != sha256:
         yield f"the contents of {plan.dataset.name} have changed (SHA-256 was {recorded}, is {sha256})"
 

@@ -68,9 +68,10 @@ def read_checkpoint(
     if (record.run_id, record.step) != (run_id, _step_of(folder)):
         raise CheckpointError(f"{folder} belongs to another run or step than its place says; it is not used")
     _check_is_whole(folder, record)
+    place = os.fspath(folder)
     try:
         for name, expected in record.files.items():
-            found = _check_size(folder, name, expected)
+            found = _check_size(place, name, expected)
             if hashes:
                 _check_contents(folder, name, expected, found, {} if hashed is None else hashed)
         if only_recorded:
@@ -96,7 +97,7 @@ def damaged_files(folder: Path, record: CheckpointRecord) -> list[str]:
     names = []
     for name, expected in record.files.items():
         try:
-            _check_contents(folder, name, expected, _check_size(folder, name, expected), {})
+            _check_contents(folder, name, expected, _check_size(os.fspath(folder), name, expected), {})
         except (CheckpointError, OSError):
             names.append(name)
     return names
@@ -194,9 +195,9 @@ def _check_no_strays(folder: Path, record: CheckpointRecord) -> None:
             raise CheckpointError(f"{folder} holds {name!r}, which its record does not name; it is not used")
 
 
-def _check_size(folder: Path, name: str, expected: FileRecord) -> os.stat_result:
+def _check_size(folder: str, name: str, expected: FileRecord) -> os.stat_result:
     # Thousands of checkpoints have tens of thousands of files: one look at each, and no object for its path.
-    path, found = os.fspath(folder), None
+    path, found = folder, None
     for part in name.split("/") if "/" in name else (name,):
         path = f"{path}/{part}"
         try:
@@ -205,7 +206,7 @@ def _check_size(folder: Path, name: str, expected: FileRecord) -> os.stat_result
             found = None
             break
         if stat.S_ISLNK(found.st_mode):
-            raise CheckpointError(f"{folder / RECORD_NAME} names {name!r}, which is not a file of this folder")
+            raise CheckpointError(f"{folder}/{RECORD_NAME} names {name!r}, which is not a file of this folder")
     if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != expected.bytes:
         raise CheckpointError(f"{folder} is damaged: {name} is missing or does not have {expected.bytes} bytes")
     return found

@@ -95,7 +95,8 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
         for point in _drawn_points(name, chart, run)
     ]
     rows += [{"run": run.name, "step": step} for run in runs for step in run.gaps.get(name, ())[:MAX_POINTS]]
-    curves = alt.Chart(alt.InlineData(values=rows))
+    # The data are the whole chart's: a layer that had them would be copied with them at every call.
+    curves = alt.Chart()
     # Bands of many runs lie above one another.
     fade = max(1.0, len(runs) / 2) ** 0.5
     layers: list[alt.Chart] = _brackets(name, runs, colour, fade=fade)
@@ -118,7 +119,8 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
     layers.append(
         points.encode(x=step, y=value, color=colour, shape=shape, tooltip=_tooltip(rows, several=len(runs) > 1))
     )
-    return alt.layer(*layers).properties(description=f"{chart.title}, {chart.unit}, by optimizer step")
+    layered = alt.layer(*layers, data=alt.InlineData(values=rows))
+    return layered.properties(description=f"{chart.title}, {chart.unit}, by optimizer step")
 
 
 def _drawn_points(name: str, chart: Chart, run: ReportRun) -> list[Point]:
@@ -197,7 +199,7 @@ def _spread(counts: Sequence[int]) -> str:
 def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
     """Return the EM rate of each question at each checkpoint of a run."""
     rows = [{"step": rate.step, "question": rate.question_id, "em": rate.em_pct, "n": rate.n} for rate in run.rates]
-    cells = alt.Chart(alt.InlineData(values=rows)).encode(
+    cells = alt.Chart().encode(
         x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("question:N", title=None, sort=None, axis=alt.Axis(labelLimit=170)),
         tooltip=[
@@ -220,7 +222,7 @@ def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
     if run.judge:
         notes.append(f"judge: {run.judge}")
     height = max(60, 24 * len({rate.question_id for rate in run.rates}))
-    chart = alt.layer(shades, numbers).properties(height=height, description=title)
+    chart = alt.layer(shades, numbers, data=alt.InlineData(values=rows)).properties(height=height, description=title)
     return Drawn(name=f"{QUESTIONS}_{_file_part(run.name)}", title=title, notes=notes, spec=chart.to_dict())
 
 

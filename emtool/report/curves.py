@@ -81,20 +81,22 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
         control: The column of its control, if it has one.
     """
     found: dict[int, Point] = {}
+    low_name, high_name, n_name = (f"{column}_{end}" for end in ("low", "high", "n"))
+    least_name, most_name = (f"{control}_{end}" for end in ("low", "high"))
     for row in rows:
         if (value := value_of(row.get(column))) is None or (step := count_of(row.get("step"))) is None:
             continue
-        low, high = (value_of(row.get(f"{column}_{end}")) for end in ("low", "high"))
+        low, high = value_of(row.get(low_name)), value_of(row.get(high_name))
         has_interval = low is not None and high is not None
         least = most = None
         if control is not None:
-            least, most = (value_of(row.get(f"{control}_{end}")) for end in ("low", "high"))
+            least, most = value_of(row.get(least_name)), value_of(row.get(most_name))
         found[step] = Point(
             step=step,
             value=value,
             low=low if has_interval else None,
             high=high if has_interval else None,
-            n=count_of(row.get(f"{column}_n")),
+            n=count_of(row.get(n_name)),
             control=None if least is None or most is None else (least, most),
         )
     return [found[step] for step in sorted(found)]

@@ -14,11 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from emtool import __version__
 from emtool.core.cache import cache_path
 from emtool.core.run_dir import replace_file
 from emtool.report.charts import HEIGHT, QUESTIONS, Drawn, config_of
-from emtool.report.curves import CHARTS, TRAINING_LOG
+from emtool.report.curves import CHARTS, TRAINING_LOG, Point
 from emtool.report.packing import pack_answers
 from emtool.report.pictures import vega_lite_version
 from emtool.report.report_run import ReportRun
@@ -30,17 +32,18 @@ _ASSETS = Path(__file__).parents[1] / "assets" / "report"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cell:
-    text: str = ""
-    interval: str = ""
-    value: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Table:
+    """A table of numbers.
+
+    Attributes:
+        name: The run.
+        headings: Of its columns.
+        rows: Its rows as HTML.
+    """
+
     name: str
     headings: Sequence[str]
-    rows: Sequence[tuple[int, Sequence[_Cell]]]
+    rows: Markup
 
 
 def render_page(runs: Sequence[ReportRun], drawn: Sequence[Drawn]) -> str:
@@ -136,11 +139,20 @@ def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
 def _numbers(run: ReportRun) -> _Table:
     """Return the curves of a run as a table, a row a checkpoint; the training log is far longer, and left out."""
     names = [name for name, chart in CHARTS.items() if name in run.curves and chart.source != TRAINING_LOG]
-    by_step: dict[int, dict[str, _Cell]] = {}
+    by_step: dict[int, dict[str, str]] = {}
     for name in names:
         for point in run.curves[name]:
-            interval = "" if point.low is None else f"[{point.low:.4g}, {point.high:.4g}]"
-            cell = _Cell(text=f"{point.value:.4g}", interval=interval, value=repr(point.value))
-            by_step.setdefault(point.step, {})[name] = cell
-    rows = [(step, [cells.get(name, _Cell()) for name in names]) for step, cells in sorted(by_step.items())]
-    return _Table(name=run.name, headings=[CHARTS[name].title for name in names], rows=rows)
+            by_step.setdefault(point.step, {})[name] = _cell(point)
+    empty = '<td data-value=""></td>'
+    rows = (
+        f'<tr><th scope="row">{step}</th>{"".join(cells.get(name, empty) for name in names)}</tr>'
+        for step, cells in sorted(by_step.items())
+    )
+    html = Markup("\n".join(rows))  # noqa: S704 - of numbers alone
+    return _Table(name=run.name, headings=[CHARTS[name].title for name in names], rows=html)
+
+
+def _cell(point: Point) -> str:
+    """Return a point of a curve as HTML, made here: there may be ten thousand rows, and numbers need no escaping."""
+    interval = "" if point.low is None else f' <span class="interval">[{point.low:.4g}, {point.high:.4g}]</span>'
+    return f'<td data-value="{point.value!r}">{point.value:.4g}{interval}</td>'

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,7 @@ def test_workers_without_ray_is_one_line(tiny_model: Path, rows_file: Path, monk
 
 @pytest.mark.slow
 def test_cells_are_trained_and_evaluated_skipped_failed_and_retried(tiny_model: Path, rows_file: Path) -> None:
+    rows_file = Path(shutil.copy(rows_file, "rows.jsonl"))
     file = sweep_file(tiny_model, rows_file)
     folder = Path("outputs/seeds")
     folder.mkdir(parents=True)
@@ -233,6 +235,12 @@ def test_cells_are_trained_and_evaluated_skipped_failed_and_retried(tiny_model: 
     assert other.exit_code == 1
     assert "holds a run of another configuration: max_steps was 4, is 5" in other.stderr.replace("\n", " ")
     file.write_text(file.read_text().replace("max_steps = 5", "max_steps = 4"))
+    before_growth = rows_file.read_text()
+    rows_file.write_text(before_growth + before_growth.splitlines()[0] + "\n")
+    grown = RUNNER.invoke(app, ["sweep", str(file)])
+    assert grown.exit_code == 1
+    assert f"the contents of {rows_file.stem} have changed" in grown.stderr.replace("\n", " ")
+    rows_file.write_text(before_growth)
     # Another evaluation is asked for: nothing is trained again.
     file.write_text(file.read_text().replace("n_per_question = 1", "n_per_question = 2"))
     assert RUNNER.invoke(app, ["sweep", str(file)]).exit_code == 0
