@@ -239,7 +239,8 @@ def test_cells_are_trained_and_evaluated_skipped_failed_and_retried(tiny_model: 
     rows_file.write_text(before_growth + before_growth.splitlines()[0] + "\n")
     grown = RUNNER.invoke(app, ["sweep", str(file)])
     assert grown.exit_code == 1
-    assert f"the contents of {rows_file.stem} have changed" in grown.stderr.replace("\n", " ")
+    assert "seed-0 holds a run of another configuration: the contents of " in grown.stderr.replace("\n", " ")
+    assert " have changed (SHA-256 was " in grown.stderr.replace("\n", " ")
     rows_file.write_text(before_growth)
     # Another evaluation is asked for: nothing is trained again.
     file.write_text(file.read_text().replace("n_per_question = 1", "n_per_question = 2"))
