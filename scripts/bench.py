@@ -1,6 +1,6 @@
 """Run every benchmark and write docs/benchmarks.md.
 
-    python scripts/bench.py                about an hour on two cores; keep the machine idle meanwhile
+    python scripts/bench.py                an hour and a half on two cores; keep the machine idle
     python scripts/bench.py training       runs one, or several, and leaves the other sections as they are
 
 Each section is a script of its own and prints Markdown; what is slow or missing there is said there. The base model
