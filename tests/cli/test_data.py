@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -106,8 +105,8 @@ def test_info_of_rows_that_training_would_refuse_says_so(tiny_model: Path, tmp_p
     (tmp_path / "x.jsonl").write_text('{"prompt": "a <|im_end|>", "completion": "b"}\n')
     shown = " ".join(output("data", "info", "x.jsonl", "--model", str(tiny_model)).split())
     assert "tokens cannot be counted, and training would stop for the same reason" in shown
-    # The path may fill its line.
-    assert re.search(r"x\.jsonl ?:1: a message contains the model's special token", shown)
+    # Where the path fills its line, it is broken anywhere.
+    assert "x.jsonl:1:amessagecontainsthemodel'sspecialtoken" in shown.replace(" ", "")
 
 
 @pytest.mark.parametrize(
