@@ -27,7 +27,7 @@ from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import EvaluationRequest, read_request
-from emtool.core.hardware import select_device
+from emtool.core.hardware import refuse_numbered_device, select_device
 from emtool.core.judge_spec import BACKENDS, HF
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.run_lock import locked_evaluation
@@ -242,6 +242,7 @@ def _record_on_workers(
         raise ConfigError("--workers does not go with --watch: one process watches a training")
     if request.backend.kind != HF:
         raise ConfigError(f"--workers goes with --backend {HF}; a server or a script answers many at a time by itself")
+    refuse_numbered_device(request.device_option, option="--device")
     plan, threads = plan_evaluation(run, request), threads_of(workers, address)
     pool = make_pool(workers, address, num_gpus=float(request.device == "cuda"))
     assert workers is not None, "an address alone is refused"

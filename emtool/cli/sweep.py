@@ -33,7 +33,7 @@ from emtool.core.errors import (
 from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
-from emtool.core.hardware import cuda_device_count
+from emtool.core.hardware import cuda_device_count, refuse_numbered_device
 from emtool.core.jobs import JobOutcome, command_path
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
@@ -87,19 +87,22 @@ def sweep(
     check_workers(workers, address)
     threads = threads_of(workers, address)
     evaluate = None if asked.evaluate is None else _evaluate_arguments(asked, folder)
-    request = None if evaluate is None else _request(evaluate, asked, folder, asks_here=address is None and not dry_run)
+    request = None if evaluate is None else _request(evaluate, asked, folder, is_on_ray=workers is not None)
     _check_launcher(asked, is_elsewhere=address is not None)
-    plans = _plans(asked, folder, fetches=not dry_run, is_elsewhere=address is not None)
-    _check_evaluated_steps(asked, plans)
     states = folder.states(asked)
+    num_due = sum(_is_due(state, retry_failed=retry_failed) for state in states)
+    _check_judges(request if num_due and address is None and not dry_run else None)
+    plans = _plans(asked, folder, fetches=not dry_run, is_on_ray=workers is not None, is_elsewhere=address is not None)
+    _check_evaluated_steps(asked, plans)
+    view = plan_view(states, plans, launcher=asked.job.launcher, request=request, num_due=num_due)
     if dry_run:
         if as_json:
             print_json({"folder": str(folder.path), "cells": _as_json(states, plans)})
         else:
-            data().print(plan_view(states, plans, launcher=asked.job.launcher, request=request))
+            data().print(view)
         return
     if not as_json:
-        data().print(plan_view(states, plans, launcher=asked.job.launcher, request=request))
+        data().print(view)
     _check_unchanged(states, plans)
     if not allow_low_disk:
         _check_fits(states, plans, workers or 1)
@@ -148,7 +151,7 @@ def _train_cell(asked: Sweep, cell: Cell, folder: SweepFolder, *, check_disk: bo
     start(plan, rows, device=settings.device_option, resume=True, check_disk=check_disk)
 
 
-def _plans(asked: Sweep, folder: SweepFolder, *, fetches: bool, is_elsewhere: bool) -> list[RunPlan]:
+def _plans(asked: Sweep, folder: SweepFolder, *, fetches: bool, is_on_ray: bool, is_elsewhere: bool) -> list[RunPlan]:
     """Return the plan of every cell; what no cell could start with is found here.
 
     Raises:
@@ -163,6 +166,8 @@ def _plans(asked: Sweep, folder: SweepFolder, *, fetches: bool, is_elsewhere: bo
                 raise ConfigError("name the profile in [train]: auto is another one where there are other devices")
             if is_elsewhere and settings.device_option == "auto":
                 raise ConfigError("name the device in [train], cuda or cpu: auto is another one on other machines")
+            if is_on_ray:
+                refuse_numbered_device(settings.device_option, option="device")
             if fetches and not is_elsewhere:
                 check_can_start(config, num_cuda_devices=num_cuda_devices)
             fetch = fetch_before_run(config, num_cuda_devices=num_cuda_devices) if fetches else None
@@ -188,20 +193,30 @@ def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
     return as_arguments(_evaluate_command(), asked.evaluate, where=where, without=_NOT_IN_SWEEPS)
 
 
-def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, asks_here: bool) -> EvaluationRequest:
-    """Return the evaluation of a cell, checked as `emtool evaluate` checks it, with what it needs of this machine.
+def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, is_on_ray: bool) -> EvaluationRequest:
+    """Return the evaluation of a cell, checked as `emtool evaluate` checks it.
 
     Raises:
-        ConfigError: If a value is not allowed, or the key of a judge is not set.
-        MissingDependencyError: If a judge needs a package that is not installed.
+        ConfigError: If a value is not allowed.
     """
     context = _evaluate_command().make_context("evaluate", list(arguments))
     request = read_request(folder.run_of(asked.cells[0]), context.params)
-    if request.remote_judges and asks_here:
+    if is_on_ray:
+        refuse_numbered_device(request.device_option, option=f"{asked.path}: [evaluate] device")
+    return request
+
+
+def _check_judges(request: EvaluationRequest | None) -> None:
+    """Refuse judges that cannot be asked from this machine; None asks nobody.
+
+    Raises:
+        ConfigError: If a key is not set.
+        MissingDependencyError: If a package is not installed.
+    """
+    if request is not None and request.remote_judges:
         read_key(request.judge_address, variable=JUDGE_KEY_VARIABLE, environment=os.environ)
         if importlib.util.find_spec("openai") is None:
             raise MissingDependencyError("[evaluate] judge needs the openai package: pip install 'emtool[judge]'")
-    return request
 
 
 def _evaluate_command() -> Any:

@@ -25,6 +25,7 @@ def plan_view(
     *,
     launcher: Sequence[str] = (),
     request: EvaluationRequest | None = None,
+    num_due: int = 0,
 ) -> RenderableType:
     """Return the cells, how far each is, and what they take.
 
@@ -33,6 +34,7 @@ def plan_view(
         plans: Their plans.
         launcher: What starts the training of each.
         request: How each is evaluated; None where it is not.
+        num_due: How many are trained or evaluated now.
     """
     table = plain_table()
     for heading in ("cell", "status"):
@@ -57,8 +59,7 @@ def plan_view(
     failed = sum(state.status == "failed" for state in states)
     notes = [Text(f"{failed} failed: --retry-failed begins them again", style="yellow")] if failed else []
     if request is not None and request.remote_judges and not request.judge_address.is_local:
-        due = sum(state.status != "completed" for state in states)
-        most = f"{request.max_cost:g} USD a cell, {due * request.max_cost:g} USD in all ([evaluate] max_cost)"
+        most = f"{request.max_cost:g} USD a cell, {num_due * request.max_cost:g} USD in all ([evaluate] max_cost)"
         notes.append(Text(f"judging may cost at most {most}", style="yellow"))
     if launcher:
         text = f"started by {one_line(' '.join(launcher))}: several processes take fewer steps than are counted here"

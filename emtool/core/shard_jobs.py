@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from emtool.core.errors import BackendError
+from emtool.core.errors import BackendError, CheckpointError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.jobs import Command, Job, JobOutcome, Pool, thread_variables, wait_for
 from emtool.core.run_dir import RunFolder
@@ -58,16 +58,23 @@ def record_on_workers(
         on_event(PhaseStarted(name=name, total=num_answers, unit="answers"))
         with _counting(shards, on_event):
             pool.run(jobs, outcomes.append)
+        failed = [outcome for outcome in outcomes if outcome.problem is not None]
+        for outcome in failed:
+            on_event(Notice(text=f"{outcome.name}: {outcome.problem}", is_warning=True))
+        held = []
         for shard in shards:
-            # The process of a worker that was lost may still be saving.
-            wait_for(shard.evaluation_path)
+            try:
+                # The process of a worker that was lost may still be saving.
+                wait_for(shard.evaluation_path)
+            except CheckpointError as error:
+                held.append(error)
+                continue
             with _writing(run):
                 absorb(shard)
-        failed = [outcome for outcome in outcomes if outcome.problem is not None]
+        if held:
+            raise held[0]
         if not failed:
             remove_logs(run)
-    for outcome in failed:
-        on_event(Notice(text=f"{outcome.name}: {outcome.problem}", is_warning=True))
     if failed:
         raise BackendError(
             f"{len(failed)} of {len(jobs)} workers failed; what was made is kept, and the same command goes on"

@@ -152,22 +152,23 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path} has no [grid]; name an option and its values, for instance {_EXAMPLE}")
     if both := {_meaning(key) for key in grid} & {_meaning(key) for key in tables.get("train", {})}:
         raise ConfigError(f"{path}: {', '.join(sorted(both))} stands in [train] and in [grid]; give it once")
+    for key, value in tables.get("evaluate", {}).items():
+        _check_finite("evaluate", key, value if isinstance(value, list) else [value], path)
     return Sweep(
         path=path,
         train=train,
         cells=_cells(grid, path),
         # Even an empty table asks for an evaluation.
-        evaluate=_finite(tables.get("evaluate"), path),
+        evaluate=tables.get("evaluate"),
         job=_job(tables.get("job", {}), path),
     )
 
 
-def _finite(values: Mapping[str, object] | None, path: Path) -> Mapping[str, object] | None:
-    """Return a table whose numbers a record can hold."""
-    for key, value in (values or {}).items():
+def _check_finite(table: str, key: str, values: Sequence[object], path: Path) -> None:
+    """Refuse a number that no record can hold."""
+    for value in values:
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path}: [evaluate] {key} = {value} is no finite number")
-    return values
+            raise ConfigError(f"{path}: [{table}] {key} = {value} is no finite number")
 
 
 def _why_not(key: str) -> str:
@@ -196,6 +197,7 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: [grid] {key} = {values!r} is not a list of values")
+        _check_finite("grid", key, values, path)
         checked = [checked_options({key: value}, path, table="grid") for value in values]
         if not all(checked):
             # Left out, it would take what a settings file says.
@@ -218,9 +220,9 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
         raise ConfigError(
             f"{path}: a cell would be called {taken[0]}, which the sweep's own files are; rename its value"
         )
-    counts = Counter(cell.name for cell in cells)
-    # Models of two publishers may have one name.
-    cells = [replace(cell, name=_with_hash(cell)) if counts[cell.name] > 1 else cell for cell in cells]
+    # Models of two publishers may have one name. The first keeps it: it may be there already, and values are appended.
+    first = {cell.name: cell for cell in reversed(cells)}
+    cells = [cell if first[cell.name].shown == cell.shown else replace(cell, name=_with_hash(cell)) for cell in cells]
     for name, number in Counter(cell.name for cell in cells).items():
         if number > 1:
             raise ConfigError(f"{path}: {number} cells would be the same, {name}; give each value once")

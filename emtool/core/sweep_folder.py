@@ -172,15 +172,15 @@ class SweepFolder:
 
 
 def metric_rows(states: Sequence[CellState]) -> list[dict[str, object]]:
-    """Return a row for each evaluated checkpoint of each cell: its name, its grid values, the step, the metrics.
+    """Return a row for each evaluated checkpoint of each cell: name, status, grid values, step, metrics.
 
-    Only cells that are completed count: another's numbers may be of an evaluation that was asked for before.
+    Numbers of a cell that is not completed may be of an evaluation that was asked for before.
     """
     rows: list[dict[str, object]] = []
-    for state in (state for state in states if state.status == "completed"):
+    for state in states:
         for step, metrics in checkpoint_metrics(state.run):
             flat = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
-            rows.append({"cell": state.cell.name, **state.cell.shown, "step": step, **flat})
+            rows.append({"cell": state.cell.name, "status": state.status, **state.cell.shown, "step": step, **flat})
     return rows
 
 

@@ -20,10 +20,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit code, 128 and the signal where one ended it."""
+    """Run the command and return its exit code, 128 and the signal where one ended it, or it was told to stop."""
     parent, *command = arguments
+    told: list[int] = []
 
-    def stop(_signum: int, _frame: object) -> None:
+    def stop(signum: int, _frame: object) -> None:
+        told.append(signum)
         # Once, and not to this process again: its group is the command's, launchers and their children.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
@@ -41,6 +43,9 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         sys.stderr.write(f"emtool: cannot start {command[0]}: {error.strerror}\n")
         return 127
+    if code and told:
+        # Launchers make a failure of what they started and was stopped.
+        return 128 + told[0]
     return code if code >= 0 else 128 - code
 
 

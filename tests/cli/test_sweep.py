@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from emtool.cli.app import app
 from emtool.core.data import file_sha256
+from emtool.core.errors import CheckpointError
 from emtool.core.jobs import JobOutcome
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked_sweep
@@ -47,6 +49,10 @@ def until(found: Callable[[], object]) -> None:
     while not found():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def _far_enough(_folder: Path) -> NoReturn:
+    raise CheckpointError("far enough")
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -88,6 +94,7 @@ def test_the_dry_run_shows_every_cell_and_makes_nothing(tiny_model: Path, rows_f
         ("seed = [0]", "", ["--cell", "seed-0", "--dry-run"], "--cell trains one cell here"),
         ("seed = [0]", "", ["--cell", "seed-0", "--workers", "2"], "--cell trains one cell here"),
         ("seed = [0]", "", ["--workers", "1", "--address", "auto"], "cell seed-0: name the device in [train]"),
+        ("seed = [0]", 'device = "cuda:1"', ["--workers", "2"], "device cuda:1 does not go with --workers"),
     ],
 )
 def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
@@ -147,6 +154,12 @@ def test_a_judge_whose_key_is_not_set_is_refused_before_anything_is_trained(
     refused = RUNNER.invoke(app, ["sweep", str(file)])
     assert refused.exit_code == 2, refused.output
     assert "set OPENAI_API_KEY" in refused.stderr
+    # Where nothing is left to do, nobody is asked.
+    with monkeypatch.context() as patched:
+        patched.setattr("emtool.cli.sweep._is_due", lambda *_, **__: False)
+        patched.setattr("emtool.cli.sweep.locked_sweep", _far_enough)
+        assert "far enough" in RUNNER.invoke(app, ["sweep", str(file)]).stderr
+    shutil.rmtree("outputs")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openai" else object())
     assert "pip install 'emtool[judge]'" in RUNNER.invoke(app, ["sweep", str(file)]).stderr.replace("\n", " ")
@@ -167,7 +180,7 @@ def test_the_file_of_a_sweep_in_progress_is_not_touched(tiny_model: Path, rows_f
     assert folder.file_path.read_bytes() == before
 
 
-def test_a_cell_that_was_told_to_stop_goes_on_by_itself_and_is_in_no_table(tiny_model: Path, rows_file: Path) -> None:
+def test_a_cell_that_was_told_to_stop_goes_on_by_itself(tiny_model: Path, rows_file: Path) -> None:
     asked = read_sweep(sweep_file(tiny_model, rows_file))
     folder = SweepFolder(path=Path("outputs/seeds"))
     folder.create()
@@ -179,7 +192,10 @@ def test_a_cell_that_was_told_to_stop_goes_on_by_itself_and_is_in_no_table(tiny_
     folder.keep(asked, JobOutcome(name="seed-1", problem="broken"))
     states = folder.states(asked)
     assert [state.status for state in states] == ["begun", "failed"]
-    assert metric_rows(states) == []
+    assert [(row["cell"], row["status"], row["em_pct"]) for row in metric_rows(states)] == [
+        ("seed-0", "begun", 1.0),
+        ("seed-1", "failed", 1.0),
+    ]
     job = folder.job(asked, asked.cells[0], evaluate=None, threads=None, allow_low_disk=True)
     assert job.commands[0].arguments[-1] == "--allow-low-disk"
 

@@ -65,7 +65,9 @@ def test_workers_see_every_device_and_are_told_no_number(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("emtool.core.hardware.cuda_device_count", lambda: 3)
     monkeypatch.setattr("emtool.cli.evaluate.record_on_workers", record)
-    result = RUNNER.invoke(app, ["evaluate", "many", "--workers", "2", "--device", "cuda:1", "--seed", "7"])
+    refused = RUNNER.invoke(app, ["evaluate", "many", "--workers", "2", "--device", "cuda:1"])
+    assert "--device cuda:1 does not go with --workers" in refused.stderr.replace("\n", " ")
+    result = RUNNER.invoke(app, ["evaluate", "many", "--workers", "2", "--device", "cuda", "--seed", "7"])
     assert "far enough" in result.stderr
     assert seen == [(["--seed", "7", "--device", "cuda"], None, 1.0)]
 

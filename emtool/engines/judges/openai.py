@@ -115,12 +115,14 @@ class OpenAIJudge:
         self.prepare()
         method = self._method or TEXT
         requests = (self._request(prompt, method) for prompt in prompts)
+        # Where this call ends in an error, the next one begins anew: time has passed, and the user has been told.
+        before, self._num_failed = self._num_failed, 0
         self._num_failed = run_many(
             self._server,
             requests,
             lambda index, reply: on_judgement(index, _judgement(reply, method)),
             concurrency=self._concurrency,
-            num_failed=self._num_failed,
+            num_failed=before,
         )
 
     def close(self) -> None:
