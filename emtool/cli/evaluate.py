@@ -22,12 +22,12 @@ from emtool.cli.options import (
     output_root_of,
 )
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
-from emtool.cli.workers import Address, Workers, make_pool, threads_of
+from emtool.cli.workers import Address, Workers, make_pool, refuse_numbered_device, threads_of
 from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import EvaluationRequest, read_request
-from emtool.core.hardware import refuse_numbered_device, select_device
+from emtool.core.hardware import select_device
 from emtool.core.judge_spec import BACKENDS, HF
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.run_lock import locked_evaluation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from emtool.cli.options import AsJson, OutputRoot, output_root_of
 from emtool.cli.output import data, print_json, progress, say
 from emtool.cli.sweep_view import plan_view, result_view
 from emtool.cli.train import make_plan, start
-from emtool.cli.workers import Address, Workers, check_workers, make_pool, threads_of
+from emtool.cli.workers import Address, Workers, check_workers, make_pool, refuse_numbered_device, threads_of
 from emtool.core.config import check_can_start
 from emtool.core.csv_text import csv_text
 from emtool.core.data import file_sha256
@@ -27,13 +26,12 @@ from emtool.core.errors import (
     ConfigError,
     DiskSpaceError,
     EmtoolError,
-    MissingDependencyError,
     PointedError,
 )
 from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
-from emtool.core.hardware import cuda_device_count, refuse_numbered_device
+from emtool.core.hardware import cuda_device_count
 from emtool.core.jobs import JobOutcome, command_path
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
@@ -86,7 +84,7 @@ def sweep(
         return
     check_workers(workers, address)
     threads = threads_of(workers, address)
-    evaluate = None if asked.evaluate is None else _evaluate_arguments(asked, folder)
+    evaluate = None if asked.evaluate is None else _evaluate_arguments(asked)
     request = None if evaluate is None else _request(evaluate, asked, folder, is_on_ray=workers is not None)
     _check_launcher(asked, is_elsewhere=address is not None)
     states = folder.states(asked)
@@ -183,7 +181,7 @@ def _settings(asked: Sweep, cell: Cell, folder: SweepFolder, num_cuda_devices: i
     return asked.settings(cell, folder.path, layers=file_layers(), num_cuda_devices=num_cuda_devices)
 
 
-def _evaluate_arguments(asked: Sweep, folder: SweepFolder) -> list[str]:
+def _evaluate_arguments(asked: Sweep) -> list[str]:
     """Return the options of every evaluation."""
     assert asked.evaluate is not None
     where = f"{asked.path}: [evaluate]"
@@ -215,8 +213,9 @@ def _check_judges(request: EvaluationRequest | None) -> None:
     """
     if request is not None and request.remote_judges:
         read_key(request.judge_address, variable=JUDGE_KEY_VARIABLE, environment=os.environ)
-        if importlib.util.find_spec("openai") is None:
-            raise MissingDependencyError("[evaluate] judge needs the openai package: pip install 'emtool[judge]'")
+        from emtool.engines.openai_client import import_openai
+
+        import_openai()
 
 
 def _evaluate_command() -> Any:

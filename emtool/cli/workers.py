@@ -39,6 +39,19 @@ def check_workers(workers: int | None, address: str | None) -> None:
         raise ConfigError("--address goes with --workers, the number of jobs at a time")
 
 
+def refuse_numbered_device(device: str, *, option: str) -> None:
+    """Refuse a device option that names one of several, where Ray gives each job its own.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    if ":" in device:
+        raise ConfigError(
+            f"{option} {device} does not go with --workers: Ray gives each its device; name cuda, and in "
+            "CUDA_VISIBLE_DEVICES those that may be taken"
+        )
+
+
 def make_pool(workers: int | None, address: str | None, *, num_cpus: float = 1, num_gpus: float = 0) -> Pool:
     """Return what runs the jobs: Ray where workers are asked for, else this machine in sequence.
 

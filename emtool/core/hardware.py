@@ -104,19 +104,6 @@ def parse_device(device: str) -> tuple[str, int]:
     return match[1], int(match[2] or 0)
 
 
-def refuse_numbered_device(device: str, *, option: str) -> None:
-    """Refuse a device option that names one of several, where Ray gives each job its own.
-
-    Raises:
-        ConfigError: If it does.
-    """
-    if ":" in device:
-        raise ConfigError(
-            f"{option} {device} does not go with --workers: Ray gives each its device; name cuda, and in "
-            "CUDA_VISIBLE_DEVICES those that may be taken"
-        )
-
-
 def find_device(device: str) -> str:
     """Return "cpu" or "cuda" for a device option, and change nothing: processes started from here see every device.
 

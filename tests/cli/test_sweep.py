@@ -161,7 +161,7 @@ def test_a_judge_whose_key_is_not_set_is_refused_before_anything_is_trained(
         assert "far enough" in RUNNER.invoke(app, ["sweep", str(file)]).stderr
     shutil.rmtree("outputs")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openai" else object())
+    monkeypatch.setitem(sys.modules, "openai", None)
     assert "pip install 'emtool[judge]'" in RUNNER.invoke(app, ["sweep", str(file)]).stderr.replace("\n", " ")
     assert not Path("outputs").exists()
 
