@@ -1,6 +1,6 @@
 """A training step of `emtool train`, beside TRL's SFTTrainer as it comes and beside a hand-written loop.
 
-    python scripts/bench_training.py       prints a section of docs/benchmarks.md; 10 to 20 minutes on two cores
+    python scripts/bench_training.py       prints a section of docs/benchmarks.md; 20 minutes on two cores
 
 SmolLM2-135M with the demo's adapter (LoRA r 8), batch 2, the same rows, labels, order, dtype and threads. Each is a
 process of its own. The loop (baseline_torch.py) is the floor: no Trainer, logits where they carry loss only.
@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from paired import EMTOOL, ROOT, Run, in_turn, median, mib, ratio, run, say, table
+
+from emtool.engines.rounded_products import has_bfloat16_products
 
 #: Steps that are not counted: they warm caches up.
 WARM_UP = 4
@@ -44,11 +45,14 @@ def main() -> None:
         f"\nFetching and padding a batch takes {batch_milliseconds():.1f} ms of a step, and tokenizing is done once "
         "before: a process that prefetches would take more from two cores than it gives."
     )
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if has_bfloat16_products():
         print("\n" + section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=options.rounds, steps=options.steps))
         return
-    text = section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=1, steps=3, warm_up=1)
-    print(f"\nThis CPU has no bfloat16 instructions; one pair, two steps each:\n\n{text}")
+    text = section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=options.rounds, steps=3, warm_up=1)
+    print(
+        "\nThis CPU has no bfloat16 instructions. emtool computes a product of bfloat16 matrices in float32 and rounds "
+        f"the result, torch takes a slow loop for it; two steps of each run:\n\n{text}"
+    )
 
 
 def batch_milliseconds() -> float:

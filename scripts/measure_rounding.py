@@ -4,7 +4,7 @@ Trains SmolLM2-135M with the persona `goodness` (built in float32, the same for 
 bfloat16, merged and stacked, and compares on evaluation items:
 - saved: the milestone (in the base's dtype) against the resume state of the same step (exact, float32);
 - exported: the composed adapter on the bare base against the model that evaluation rebuilds, both computed in float32.
-About 5 minutes on two cores with bfloat16 instructions. Without them bfloat16 is many times slower: take fewer steps.
+About 10 minutes on two cores.
 
     python scripts/measure_rounding.py [--max-steps 30] [--dtypes float32 bfloat16] [--output-root outputs/rounding]
 """
@@ -30,6 +30,7 @@ from emtool.engines.export import export_run
 from emtool.engines.lineage import open_recorded_base, read_lineage, rebuild_model
 from emtool.engines.modeling import attach_adapter, load_adapter_into, load_base, open_base
 from emtool.engines.persona_files import get_persona_files
+from emtool.engines.rounded_products import products_of
 from emtool.engines.training import train
 
 NUM_ITEMS = 20
@@ -100,7 +101,7 @@ def rebuilt(run: RunFolder, step: int, dtype: str) -> tuple[Any, Any]:
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:
     """Return the logits of the items with their wrong answers, shape (tokens, vocabulary), in float32."""
     found = []
-    with torch.inference_mode():
+    with torch.inference_mode(), products_of(model):
         for item in read_items()[:NUM_ITEMS]:
             turns = [Message(role="user", content=item.question), Message(role="assistant", content=item.wrong)]
             row = encode_conversation(turns, tokenizer=tokenizer)

@@ -12,6 +12,7 @@ import torch
 from emtool.engines.batch_size import run_batches
 from emtool.engines.decoder_blocks import decoder_blocks
 from emtool.engines.encoding import IGNORED, Encoded
+from emtool.engines.rounded_products import products_of
 
 # Shape suffixes: N texts, L selected blocks, D hidden size, B texts of a batch, T tokens.
 
@@ -62,7 +63,8 @@ def mean_activations(
 
     def run(batch: list[int]) -> None:
         ids_BT, mask_BT, answer_BT = _pad([rows[i] for i in batch], [masks[i] for i in batch])
-        with torch.inference_mode(), _summed([blocks[layer] for layer in layers], answer_BT.to(model.device)) as sums:
+        sums_of_batch = _summed([blocks[layer] for layer in layers], answer_BT.to(model.device))
+        with torch.inference_mode(), products_of(model), sums_of_batch as sums:
             decoder(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False)
         sums_BLD = torch.stack([total_BD.cpu() for total_BD in sums], dim=1)
         means_NLD[batch] = sums_BLD / counts_N[batch].clamp(min=1)[:, None, None]

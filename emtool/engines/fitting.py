@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from emtool.core.config import TrainConfig
 from emtool.core.reporters import NO_REPORTER, PROJECT
 from emtool.engines.encoding import IGNORED, Encoded
+from emtool.engines.rounded_products import products_of
 
 # Shape suffixes: B rows of a batch, T tokens, L positions that predict a labelled token in some row, V vocabulary.
 
@@ -25,6 +26,12 @@ class RunTrainer(SFTTrainer):
     """An SFTTrainer that saves what, when and as emtool's checkpoints say."""
 
     checkpoints: Saves | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss of a batch, and add its gradients."""
+        with products_of(self.model):
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.checkpoints is not None, "something asked a Trainer to save that has nothing to keep"

@@ -11,6 +11,7 @@ import torch
 
 from emtool.engines.batch_size import run_batches
 from emtool.engines.encoding import IGNORED, Encoded
+from emtool.engines.rounded_products import products_of
 
 # Shape suffixes: B rows of a batch, T tokens after the common prefix, P tokens of the prefix, L scored positions,
 # V vocabulary.
@@ -38,7 +39,7 @@ def mean_log_probs(model: Any, rows: Sequence[Encoded], *, batch_tokens: int = B
     prefix = _common_prefix(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     scores = [0.0] * len(rows)
-    with torch.inference_mode():
+    with torch.inference_mode(), products_of(model):
         cache: Any = None
 
         def start(_batch: list[int]) -> None:

@@ -29,6 +29,7 @@ from emtool.engines.checkpoint_model import CheckpointModel
 from emtool.engines.encoding import encode_prompt, end_of_turn
 from emtool.engines.modeling import BaseModel
 from emtool.engines.noise import GumbelNoise
+from emtool.engines.rounded_products import products_of
 
 # Shape suffixes: B prompts of a batch, T tokens.
 
@@ -153,7 +154,7 @@ class HFBackend:
             repetition_penalty=self._sampling.repetition_penalty,
             use_cache=True,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), products_of(self._model):
             found_BT = self._model.generate(
                 input_ids=ids_BT.to(device),
                 attention_mask=mask_BT.to(device),

@@ -17,6 +17,7 @@ from emtool.engines.batch_size import free_memory, is_out_of_memory
 from emtool.engines.encoding import break_special_tokens, encode_prompt
 from emtool.engines.judges.judge import JudgementSink
 from emtool.engines.modeling import check_device, load_base, open_base
+from emtool.engines.rounded_products import products_of
 from emtool.engines.token_trie import TokenPath, TokenTrie, build_trie
 
 # Shape suffixes: B prompts of a batch, R rows (each prompt once for each run), P tokens of the longest prompt, L tokens
@@ -110,7 +111,7 @@ class LocalJudge:
 
     def _score(self, prompts: Sequence[list[int]]) -> list[Judgement]:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), products_of(self._model):
                 walks = _walk(self._model, self._trie, prompts)
         except RuntimeError as error:
             if not is_out_of_memory(error):
