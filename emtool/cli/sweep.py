@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
-from emtool.core.jobs import JobOutcome, command_path
+from emtool.core.jobs import Job, JobOutcome, Pool, command_path
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
@@ -108,26 +109,40 @@ def sweep(
     if num_gpus is None:
         num_gpus = float(any(plan.config.device == "cuda" for plan in plans))
     pool = make_pool(workers, address, num_cpus=asked.job.num_cpus, num_gpus=num_gpus)
-    folder.create()
-    with locked_sweep(folder.path):
-        folder.keep_file(asked)
-        waiting = [state for state in folder.states(asked) if _is_due(state, retry_failed=retry_failed)]
-        jobs = [
-            folder.job(asked, state.cell, evaluate=evaluate, threads=threads, allow_low_disk=allow_low_disk)
-            for state in waiting
-        ]
-        with progress() as on_event:
-            if jobs:
-                pool.run(jobs, _Outcomes(asked, folder, len(jobs), on_event))
-        states = folder.states(asked)
-        _write_table(folder, states)
-        pages = _write_reports(folder, states)
+    states, pages = _run(
+        asked,
+        folder,
+        pool,
+        is_due=partial(_is_due, retry_failed=retry_failed),
+        job_of=partial(folder.job, asked, evaluate=evaluate, threads=threads, allow_low_disk=allow_low_disk),
+    )
     if as_json:
         print_json({"folder": str(folder.path), "cells": _as_json(states, plans), "reports": list(map(str, pages))})
     else:
         data().print(result_view(states))
         say("\n".join(f"written: {path}" for path in (folder.table_path, *pages)))
     _fail_with(states, file)
+
+
+def _run(
+    asked: Sweep,
+    folder: SweepFolder,
+    pool: Pool,
+    *,
+    is_due: Callable[[CellState], bool],
+    job_of: Callable[[Cell], Job],
+) -> tuple[list[CellState], list[Path]]:
+    """Run the cells that are due, write the table and the reports, and return how the cells stand, and the pages."""
+    folder.create()
+    with locked_sweep(folder.path):
+        folder.keep_file(asked)
+        jobs = [job_of(state.cell) for state in folder.states(asked) if is_due(state)]
+        with progress() as on_event:
+            if jobs:
+                pool.run(jobs, _Outcomes(asked, folder, len(jobs), on_event))
+        states = folder.states(asked)
+        _write_table(folder, states)
+        return states, _write_reports(folder, states)
 
 
 def _name(given: str | None, file: Path) -> str:
