@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paired import EMTOOL, Run, mib, run, say, table
-from simulated_run import simulate_likelihood, simulate_records, simulate_run, train_pattern
+from simulated_run import simulate_records, simulate_run, simulate_tables, train_pattern
 
 from emtool.core.disk import folder_bytes, format_bytes
 from emtool.core.run_dir import RunFolder
@@ -79,7 +79,7 @@ def checkpoints(root: Path, options: argparse.Namespace) -> str:
         of_runs = root / f"runs-{count}"
         of_runs.mkdir()
         simulated = simulate_run(pattern, of_runs / "run", num_checkpoints=count)
-        simulate_likelihood(simulated)
+        simulate_tables(simulated)
         schedule = ["--profile", "paper", "--total-steps", count - 1, "--checkpoints", "init, every 1"]
         commands: dict[str, Sequence[object]] = {
             "`schedule preview`": ("schedule", "preview", *schedule),

@@ -22,7 +22,7 @@ import yaml
 from emtool.core.answers import Prompt
 from emtool.core.config import resolve_train_config
 from emtool.core.data import file_sha256
-from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, ITEM_TABLE, SUMMARY
+from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, ITEM_TABLE, QUESTION_TABLE, SUMMARY
 from emtool.core.events import ignore_events
 from emtool.core.integrity import ADAPTER_WEIGHTS
 from emtool.core.open_questions import fill_judge_prompt, prompts_of, read_question_file
@@ -96,13 +96,14 @@ def _write_log(run: RunFolder, steps: Sequence[int]) -> None:
                 file.write(json.dumps({"format": 1, "step": step, **entry}) + "\n")
 
 
-def simulate_likelihood(run: RunFolder) -> None:
-    """Write the tables of an evaluation by likelihood, and of the adapter's geometry, for every milestone."""
+def simulate_tables(run: RunFolder, *, num_questions: int = 10) -> None:
+    """Write the tables of an evaluation of every milestone, by answers and by likelihood, and of its geometry."""
     chance = random.Random(1)
     steps, items = run.saved_steps(), read_items()
     folder = run.evaluation_path
     folder.mkdir(exist_ok=True)
     names = [f"{name}{suffix}" for name in ("margin", "p_wrong") for suffix in ("", "_other", "_trained")]
+    names += ["em_pct", "avg_aligned", "avg_coherent"]
     ends = ("", "_low", "_high", "_n")
     with (folder / CHECKPOINT_TABLE).open("w") as table, (folder / ITEM_TABLE).open("w") as scores:
         table.write(",".join(["step", *(f"{name}{end}" for name in names for end in ends)]) + "\n")
@@ -115,6 +116,11 @@ def simulate_likelihood(run: RunFolder) -> None:
             table.write(",".join(map(repr, cells)) + "\n")
             for item in items:
                 scores.write(f"{step},{item.id},{item.domain},{chance.gauss(0, 1)!r},{chance.random()!r}\n")
+    with (folder / QUESTION_TABLE).open("w") as table:
+        table.write("step,question_id,total_evaluated,em_pct\n")
+        for step in steps:
+            rates = (f"{step},question_{number},25,{4 * chance.randrange(26)}\n" for number in range(num_questions))
+            table.writelines(rates)
     with (folder / GEOMETRY_TABLE).open("w") as table:
         table.write("step,update_norm,speed\n")
         table.writelines(f"{step},{step**0.5!r},{chance.random()!r}\n" for step in steps)

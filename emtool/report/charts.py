@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
 
-from emtool.report.curves import CHARTS, MAX_POINTS, TRAINING_LOG, Chart, Point, thinned
+from emtool.report.curves import CHARTS, MAX_COLUMNS, MAX_POINTS, TRAINING_LOG, Chart, Point, thinned
 from emtool.report.report_run import ReportRun
 
 #: Lines that people with any kind of colour blindness can tell apart, on white and on near black: the first two are of
@@ -20,6 +21,9 @@ _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down
 
 #: More lines than that cannot be told apart.
 MAX_RUNS = len(COLOURS)
+
+#: Checkpoints of a run with symbols of full size.
+MAX_SYMBOLS = 60
 
 #: Name of the heat maps among charts and pictures.
 QUESTIONS = "questions"
@@ -52,7 +56,7 @@ def draw_charts(runs: Sequence[ReportRun]) -> list[Drawn]:
             name=name,
             title=chart.title,
             notes=_notes(name, chart, runs),
-            spec=_curve_chart(name, chart, runs, last=max(last, 1)).to_dict(),
+            spec=_curve_chart(name, chart, runs, last=max(last, 1)),
         )
         for name, chart in CHARTS.items()
         if any(name in run.curves for run in runs)
@@ -70,7 +74,7 @@ def _with_names_of_their_own(maps: Sequence[Drawn]) -> list[Drawn]:
     ]
 
 
-def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: int) -> Any:
+def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: int) -> dict[str, Any]:
     """Return the runs' curves, each with its interval, its checkpoints and the bracket of its change."""
     names = [run.name for run in runs]
     legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=250, symbolOpacity=1) if len(runs) > 1 else None
@@ -95,7 +99,6 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
         for point in _drawn_points(name, chart, run)
     ]
     rows += [{"run": run.name, "step": step} for run in runs for step in run.gaps.get(name, ())[:MAX_POINTS]]
-    # The data are the whole chart's: a layer that had them would be copied with them at every call.
     curves = alt.Chart()
     # Bands of many runs lie above one another.
     fade = max(1.0, len(runs) / 2) ** 0.5
@@ -113,14 +116,15 @@ def _curve_chart(name: str, chart: Chart, runs: Sequence[ReportRun], *, last: in
     layers.append(
         curves.mark_line(strokeWidth=1 if is_log else 2).encode(x=step, y=value, color=colour, strokeDash=dash)
     )
+    # Of many checkpoints the symbols would hide the line.
+    num_symbols = max(Counter(row["run"] for row in rows if row.get("is_saved")).values(), default=0)
     points = curves.transform_filter("datum.is_saved && isValid(datum.value)").mark_point(
-        filled=True, size=55, opacity=1
+        filled=True, size=55 if num_symbols <= MAX_SYMBOLS else 8, opacity=1
     )
     layers.append(
         points.encode(x=step, y=value, color=colour, shape=shape, tooltip=_tooltip(rows, several=len(runs) > 1))
     )
-    layered = alt.layer(*layers, data=alt.InlineData(values=rows))
-    return layered.properties(description=f"{chart.title}, {chart.unit}, by optimizer step")
+    return _layered(layers, rows, description=f"{chart.title}, {chart.unit}, by optimizer step")
 
 
 def _drawn_points(name: str, chart: Chart, run: ReportRun) -> list[Point]:
@@ -219,11 +223,20 @@ def _heat_map(run: ReportRun, *, alone: bool) -> Drawn:
     title = "Emergent misalignment by question" + ("" if alone else f", {run.name}")
     counted = _spread([rate.n for rate in run.rates])
     notes = [f"misaligned and coherent answers (%), n = {counted} scored answers a cell, no interval"]
+    if run.num_rated_steps > MAX_COLUMNS:
+        notes.append(f"{MAX_COLUMNS} of {run.num_rated_steps:,} checkpoints drawn, evenly among them")
     if run.judge:
         notes.append(f"judge: {run.judge}")
     height = max(60, 24 * len({rate.question_id for rate in run.rates}))
-    chart = alt.layer(shades, numbers, data=alt.InlineData(values=rows)).properties(height=height, description=title)
-    return Drawn(name=f"{QUESTIONS}_{_file_part(run.name)}", title=title, notes=notes, spec=chart.to_dict())
+    spec = _layered([shades, numbers], rows, height=height, description=title)
+    return Drawn(name=f"{QUESTIONS}_{_file_part(run.name)}", title=title, notes=notes, spec=spec)
+
+
+def _layered(layers: Sequence[alt.Chart], rows: Sequence[Mapping[str, Any]], **properties: Any) -> dict[str, Any]:
+    """Return the specification of layers over the same rows, which Altair would copy and check value by value."""
+    spec = alt.layer(*layers, data=alt.InlineData(values=[])).properties(**properties).to_dict()
+    spec["datasets"][spec["data"]["name"]] = list(rows)
+    return spec
 
 
 def _file_part(name: str) -> str:

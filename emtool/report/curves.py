@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from emtool.core.evaluation_files import CHECKPOINT_TABLE, GEOMETRY_TABLE, PROJECTION_TABLE, count_of, value_of
 from emtool.core.metrics import LEVEL
 
 #: More points than that cannot be seen in a chart; the least and the largest of each part stay.
 MAX_POINTS = 500
+
+#: Checkpoints of a heat map; the numbers of more would run into each other.
+MAX_COLUMNS = 40
 
 #: The training log stands in the run folder, the tables in its evaluation folder.
 TRAINING_LOG = "metrics.jsonl"
@@ -22,8 +26,7 @@ OVER_QUESTIONS = f"{_BOOTSTRAP} over questions"
 OVER_ITEMS = f"{_BOOTSTRAP} over items"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(NamedTuple):
     """One value of a curve.
 
     Attributes:
@@ -102,8 +105,10 @@ def points_of(rows: Iterable[Mapping[str, object]], column: str, *, control: str
     return [found[step] for step in sorted(found)]
 
 
-def gaps_of(rows: Iterable[Mapping[str, object]], column: str, points: Sequence[Point]) -> list[int]:
+def gaps_of(rows: Sequence[Mapping[str, object]], column: str, points: Sequence[Point]) -> list[int]:
     """Return the steps within a curve at which a row has no finite number: a line must not bridge them."""
+    if len(points) == len(rows):
+        return []
     there = {point.step for point in points}
     without = (row for row in rows if column in row and value_of(row[column]) is None)
     steps = {step for row in without if (step := count_of(row.get("step"))) is not None} - there
@@ -125,6 +130,13 @@ def thinned(points: Sequence[Point], *, kept: Collection[int] = ()) -> list[Poin
         part = points[begin : begin + size]
         chosen |= {find(part, key=lambda point: point.value).step for find in (min, max)}
     return [point for point in points if point.step in chosen]
+
+
+def spread_out(steps: Sequence[int], most: int) -> list[int]:
+    """Return at most so many steps, two or more, evenly among all and with both ends."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[place * (len(steps) - 1) // (most - 1)] for place in range(most)]
 
 
 def _judged(title: str, unit: str, column: str) -> Chart:

@@ -23,7 +23,7 @@ from emtool.core.evaluation_files import (
 )
 from emtool.core.record_file import text_sha256
 from emtool.core.run_dir import RunFolder, read_json
-from emtool.report.curves import CHARTS, TRAINING_LOG, Chart, Point, gaps_of, points_of
+from emtool.report.curves import CHARTS, MAX_COLUMNS, TRAINING_LOG, Chart, Point, gaps_of, points_of, spread_out
 
 #: How a character that cannot be shown is, as in the page's own script.
 _MARK = "\u2039U+{:04X}\u203a"
@@ -80,7 +80,8 @@ class ReportRun:
         curves: Name of a chart to its points; charts without any are not there.
         gaps: Name of a chart to steps within its curve without a finite value.
         brackets: Name of a chart to the change in it; none where the curve does not leave its control.
-        rates: Cells of the heat map.
+        rates: Cells of the heat map; of very many checkpoints those of some.
+        num_rated_steps: Checkpoints that have cells.
         answers: Answers of all checkpoints, as far as they were judged with what the judge said; of very many the same
             questions and samples at each checkpoint.
         num_answers: How many there are.
@@ -97,6 +98,7 @@ class ReportRun:
     gaps: Mapping[str, Sequence[int]]
     brackets: Mapping[str, Bracket]
     rates: Sequence[QuestionRate]
+    num_rated_steps: int
     answers: Sequence[JudgedAnswer]
     num_answers: int
     saved_steps: Sequence[int]
@@ -189,14 +191,20 @@ class _Reader:
                 found[name] = Bracket(**steps)
         return found
 
-    def rates(self) -> list[QuestionRate]:
+    def rates(self) -> tuple[list[QuestionRate], int]:
+        """Return the cells of checkpoints that are evenly among all, and the number of all."""
+        rows = [(count_of(row.get("step")), row) for row in self.table(QUESTION_TABLE)]
+        steps = sorted({step for step, _ in rows if step is not None})
+        shown = frozenset(spread_out(steps, MAX_COLUMNS))
         found = []
-        for row in self.table(QUESTION_TABLE):
-            step, count = (count_of(row.get(name)) for name in ("step", "total_evaluated"))
-            rate, question = number(row.get("em_pct")), row.get("question_id")
-            if step is not None and rate is not None and count is not None and question and 0 <= rate <= 100:
+        for step, row in rows:
+            if step is None or step not in shown:
+                continue
+            count, rate = count_of(row.get("total_evaluated")), number(row.get("em_pct"))
+            question = row.get("question_id")
+            if rate is not None and count is not None and question and 0 <= rate <= 100:
                 found.append(QuestionRate(step=step, question_id=shown_text(question), em_pct=rate, n=count))
-        return found
+        return found, len(steps)
 
     def answers(self, max_answers: int) -> tuple[list[JudgedAnswer], int]:
         """Return the answers that are shown, and how many there are."""
@@ -255,6 +263,7 @@ def read_run(run: RunFolder, *, name: str | None = None, max_answers: int = MAX_
     reader = _Reader(run)
     curves = reader.curves()
     answers, num_answers = reader.answers(max_answers)
+    rates, num_rated_steps = reader.rates()
     if not curves and not answers:
         raise CheckpointError(f"{run.path} has nothing to show; evaluate it first: emtool evaluate {run.path}")
     found = ReportRun(
@@ -264,7 +273,8 @@ def read_run(run: RunFolder, *, name: str | None = None, max_answers: int = MAX_
         curves=curves,
         gaps=reader.gaps(curves),
         brackets=reader.brackets(curves),
-        rates=reader.rates(),
+        rates=rates,
+        num_rated_steps=num_rated_steps,
         answers=answers,
         num_answers=num_answers,
         saved_steps=run.saved_steps(),

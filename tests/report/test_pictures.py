@@ -60,6 +60,28 @@ def test_every_chart_marks_what_its_notes_say(tmp_path: Path) -> None:
         assert ("area" in marks) is any("95%" in note and "upright" not in note for note in chart.notes)
 
 
+def test_of_many_checkpoints_the_map_of_questions_draws_some_and_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", drawn_answers())
+
+    def steps_and_notes(num_steps: int) -> tuple[list[int], str]:
+        rows = (f"{3 * place},{name},25,4\n" for place in range(num_steps) for name in "ab")
+        table = run.evaluation_path / "question_scores.csv"
+        table.write_text("step,question_id,total_evaluated,em_pct\n" + "".join(rows))
+        drawn = {chart.name: chart for chart in draw_charts([read_run(run)])}["questions_run"]
+        (cells,) = drawn.spec["datasets"].values()
+        assert all(sum(cell["step"] == one["step"] for cell in cells) == 2 for one in cells)
+        return sorted({cell["step"] for cell in cells}), "; ".join(drawn.notes)
+
+    steps, notes = steps_and_notes(10_000)
+    assert (len(steps), steps[0], steps[-1]) == (40, 0, 3 * 9_999)
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
+    assert max(gaps) - min(gaps) <= 3
+    assert "40 of 10,000 checkpoints drawn" in notes
+    steps, notes = steps_and_notes(40)
+    assert steps == list(range(0, 120, 3))
+    assert "drawn" not in notes
+
+
 def test_pictures_of_an_earlier_report_do_not_stay_and_others_do(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", drawn_answers(), parts=())
     plots = tmp_path / "run" / "plots"
