@@ -20,7 +20,7 @@ from pathlib import Path
 
 from paired import EMTOOL, ROOT, Run, in_turn, median, mib, ratio, run, say, table
 
-from emtool.engines.rounded_products import has_bfloat16_products
+from emtool.engines.rounded_products import has_bfloat16_kernels
 
 #: Steps that are not counted: they warm caches up.
 WARM_UP = 4
@@ -45,7 +45,7 @@ def main() -> None:
         f"\nFetching and padding a batch takes {batch_milliseconds():.1f} ms of a step, and tokenizing is done once "
         "before: a process that prefetches would take more from two cores than it gives."
     )
-    if has_bfloat16_products():
+    if has_bfloat16_kernels():
         print("\n" + section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=options.rounds, steps=options.steps))
         return
     text = section("bfloat16", (OURS, TRL, LOOP, DEFAULTS), rounds=options.rounds, steps=3, warm_up=1)

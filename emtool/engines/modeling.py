@@ -20,7 +20,7 @@ from emtool.core.events import EventSink, Notice
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.models import ModelReference, resolve_model
 from emtool.engines.model_files import ModelFiles, get_model_files
-from emtool.engines.rounded_products import has_bfloat16_products
+from emtool.engines.rounded_products import has_bfloat16_kernels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,7 +68,7 @@ def check_device(device: str) -> None:
 
 def warn_of_slow_dtype(device: str, dtype: str, on_event: EventSink) -> None:
     """Say so where the CPU computes bfloat16 without instructions for it (see `rounded_products`)."""
-    if device == "cpu" and dtype == "bfloat16" and not has_bfloat16_products():
+    if device == "cpu" and dtype == "bfloat16" and not has_bfloat16_kernels():
         text = "this CPU has no bfloat16 instructions: --dtype float32 takes less time"
         on_event(Notice(text=text, is_warning=True))
 

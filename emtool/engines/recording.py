@@ -109,6 +109,7 @@ def _first_manifest(plan: RunPlan, lineage: Mapping[str, Any], command: Sequence
         "lineage": {**lineage, "dataset": dataset},
         "versions": _versions(),
         "num_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "command": list(command),
         "started_at": _now(),
         "ended_at": None,
@@ -134,10 +135,14 @@ def _continue(
     if plan.config.device == "cpu" and type(before) is int and before != now:
         text = f"{now} threads now, {before} before: they round otherwise; OMP_NUM_THREADS={before} gives the same bits"
         on_event(Notice(text=text, is_warning=True))
+    capability, capability_now = manifest.get("cpu_capability"), torch.backends.cpu.get_cpu_capability()
+    if plan.config.device == "cpu" and isinstance(capability, str) and capability != capability_now:
+        text = f"a CPU with {capability_now} now, with {capability:.20} before: it rounds otherwise"
+        on_event(Notice(text=text, is_warning=True))
     where = "from the beginning: no state was saved before it stopped" if step is None else f"after step {step}"
     on_event(Notice(text=f"{run.path} goes on {where}", is_warning=step is None))
     manifest |= {"status": "running", "ended_at": None, "config": plan.config.to_dict()}
-    manifest |= {"versions": _versions(), "num_threads": now}
+    manifest |= {"versions": _versions(), "num_threads": now, "cpu_capability": capability_now}
     manifest["resumed"] = [*manifest.get("resumed", []), {"step": step or 0, "at": _now()}]
     manifest["trajectory_breaks"] = sorted({*(manifest.get("trajectory_breaks") or []), *breaks})
     manifest.pop("error", None)

@@ -94,7 +94,7 @@ def test_a_damaged_line_of_the_metrics_is_dropped_with_a_warning(stopped: Path, 
     assert len(events) == 1
 
 
-def test_another_number_of_threads_is_said_where_it_changes_bits(
+def test_another_number_of_threads_or_another_cpu_is_said_where_it_changes_bits(
     tiny_model: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     import torch
@@ -102,11 +102,15 @@ def test_another_number_of_threads_is_said_where_it_changes_bits(
     plan, rows, run = stopped_run(tiny_model, rows_file, tmp_path)
     manifest = run.read_manifest()
     assert manifest["num_threads"] == torch.get_num_threads()
-    run.write_manifest({**manifest, "num_threads": 77})
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert manifest["cpu_capability"] == capability
+    run.write_manifest({**manifest, "num_threads": 77, "cpu_capability": "SSE9"})
     events: list[Any] = []
     train(plan, rows, command=[], resume=True, on_event=events.append)
     assert "threads now, 77 before: they round otherwise; OMP_NUM_THREADS=77 gives the same bits" in texts(events)
+    assert f"a CPU with {capability} now, with SSE9 before: it rounds otherwise" in texts(events)
     assert run.read_manifest()["num_threads"] == torch.get_num_threads()
+    assert run.read_manifest()["cpu_capability"] == capability
 
 
 def _set(*keys: str, to: object) -> Callable[[dict[str, Any]], None]:

@@ -254,7 +254,6 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_processes_under_accelerate_launch_and_a_stop_after_the_last_step(
     tiny_model: Path, rows_file: Path, tmp_path: Path
 ) -> None:
