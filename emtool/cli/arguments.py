@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from emtool.core.errors import ConfigError, unknown_name
+from emtool.core.errors import ConfigError, shown, unknown_name
 
 
 def as_arguments(command: Any, values: Mapping[str, object], *, where: str, without: Collection[str] = ()) -> list[str]:
@@ -27,10 +27,12 @@ def as_arguments(command: Any, values: Mapping[str, object], *, where: str, with
             raise unknown_name(f"option in {where}", name, [known for known in options if known not in without])
         option = options[name]
         if option.is_flag != isinstance(value, bool):
-            raise ConfigError(f"{where} {name} = {value!r} is not {'true or false' if option.is_flag else 'a value'}")
+            raise ConfigError(
+                f"{where} {name} = {shown(value)} is not {'true or false' if option.is_flag else 'a value'}"
+            )
         texts = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(text, str | int | float) or hasattr(text, "__fspath__") for text in texts):
-            raise ConfigError(f"{where} {name} = {value!r} is neither a text nor a number")
+            raise ConfigError(f"{where} {name} = {shown(value)} is neither a text nor a number")
         if option.is_flag:
             arguments += option.opts[:1] if value else []
         elif option.multiple:

@@ -22,7 +22,7 @@ from emtool.cli.options import (
     output_root_of,
 )
 from emtool.cli.output import data, print_json, progress, quiet_libraries, say
-from emtool.cli.workers import Address, Workers, make_pool, refuse_numbered_device, threads_of
+from emtool.cli.workers import Address, Workers, check_workers, make_pool, refuse_numbered_device, threads_of
 from emtool.core.errors import CheckpointError, ConfigError
 from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS
 from emtool.core.evaluation_plan import plan_evaluation
@@ -191,6 +191,7 @@ def evaluate(
     """Evaluate every checkpoint of a run: what it answers, which of two answers it prefers, what goes on inside."""
     run = RunFolder(path=run_path) if run_path is not None else newest_run(output_root_of(output_root))
     request = read_request(run, context.params)
+    _check_workers(request, workers=workers, address=address, watch=watch)
     if dry_run:
         plan = plan_evaluation(run, request)
         if as_json:
@@ -205,7 +206,7 @@ def evaluate(
     if shard is not None:
         # A worker of another evaluation, which judges and tells what is damaged.
         run, request = Shard(path=run.path, number=shard), replace(request, judges=())
-    elif workers is not None or address is not None:
+    elif workers is not None:
         _record_on_workers(context, run, request, workers=workers, address=address)
     else:
         _take_leftovers(run)
@@ -235,17 +236,27 @@ def evaluate(
         )
 
 
-def _record_on_workers(
-    context: typer.Context, run: RunFolder, request: EvaluationRequest, *, workers: int | None, address: str | None
-) -> None:
-    if context.params["watch"]:
+def _check_workers(request: EvaluationRequest, *, workers: int | None, address: str | None, watch: bool) -> None:
+    """Refuse options that do not go with workers.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    check_workers(workers, address)
+    if workers is None:
+        return
+    if watch:
         raise ConfigError("--workers does not go with --watch: one process watches a training")
     if request.backend.kind != HF:
         raise ConfigError(f"--workers goes with --backend {HF}; a server or a script answers many at a time by itself")
     refuse_numbered_device(request.device_option, option="--device")
+
+
+def _record_on_workers(
+    context: typer.Context, run: RunFolder, request: EvaluationRequest, *, workers: int, address: str | None
+) -> None:
     plan, threads = plan_evaluation(run, request), threads_of(workers, address)
     pool = make_pool(workers, address, num_gpus=float(request.device == "cuda"))
-    assert workers is not None, "an address alone is refused"
     # Each worker sees the device that Ray gives it, whatever its number here.
     arguments = [*given_arguments(context, leave_out=_NOT_FOR_WORKERS), "--device", request.device]
     with progress() as on_event:

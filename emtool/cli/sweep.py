@@ -29,11 +29,13 @@ from emtool.core.errors import (
     EmtoolError,
     PointedError,
 )
+from emtool.core.evaluation_config import ANSWERS
 from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
 from emtool.core.jobs import Job, JobOutcome, Pool, command_path
+from emtool.core.judge_prices import price_of
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
@@ -212,10 +214,23 @@ def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, is_
     Raises:
         ConfigError: If a value is not allowed.
     """
-    context = _evaluate_command().make_context("evaluate", list(arguments))
-    request = read_request(folder.run_of(asked.cells[0]), context.params)
-    if is_on_ray:
-        refuse_numbered_device(request.device_option, option=f"{asked.path}: [evaluate] device")
+    try:
+        context = _evaluate_command().make_context("evaluate", list(arguments))
+        request = read_request(folder.run_of(asked.cells[0]), context.params)
+        if is_on_ray:
+            refuse_numbered_device(request.device_option, option="--device")
+        if request.questions_url is None and ANSWERS in request.config.metrics:
+            request.read_questions()
+        for judge in request.remote_judges:
+            if price_of(judge.model, request.judge_address, given=request.judge_price) is None:
+                raise ConfigError(
+                    f"what {judge.kind}:{judge.model} costs is not known; give judge_price = 'IN,OUT' in US dollars "
+                    "per million tokens ('0,0' for a server of your own)"
+                )
+    except typer.TyperException as error:
+        raise ConfigError(f"{asked.path}: [evaluate]: {error.format_message()}") from error
+    except EmtoolError as error:
+        raise type(error)(f"{asked.path}: [evaluate]: {error}") from error
     return request
 
 

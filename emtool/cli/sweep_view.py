@@ -47,14 +47,15 @@ def plan_view(
             state.status,
             f"{plan.total_steps:,}",
             f"{plan.num_checkpoints:,}",
-            "" if plan.total_bytes is None else format_bytes(plan.total_bytes),
+            "unknown" if plan.total_bytes is None else format_bytes(plan.total_bytes),
         )
         for state, plan in zip(states, plans, strict=True)
     ]
     for row in shorten(rows):
         table.add_row(*map(Text, row))
-    total = sum(plan.total_bytes or 0 for plan in plans)
-    facts = f"{len(plans):,} runs in {plans[0].output_path.parent}, {format_bytes(total)} in all, "
+    known = [plan.total_bytes for plan in plans if plan.total_bytes is not None]
+    total = f"{format_bytes(sum(known))} in all" if len(known) == len(plans) else "of unknown size"
+    facts = f"{len(plans):,} {'run' if len(plans) == 1 else 'runs'} in {plans[0].output_path.parent}, {total}, "
     facts += f"{format_bytes(plans[0].free_bytes)} free"
     failed = sum(state.status == "failed" for state in states)
     notes = [Text(f"{failed} failed: --retry-failed begins them again", style="yellow")] if failed else []

@@ -30,13 +30,15 @@ Address = Annotated[
 
 
 def check_workers(workers: int | None, address: str | None) -> None:
-    """Refuse a cluster that is named without a number of workers.
+    """Refuse a cluster that is named without a number of workers, or by nothing.
 
     Raises:
         ConfigError: If it is.
     """
     if workers is None and address is not None:
         raise ConfigError("--address goes with --workers, the number of jobs at a time")
+    if address is not None and not address.strip():
+        raise ConfigError("--address is empty; leave it out for a cluster on this machine")
 
 
 def refuse_numbered_device(device: str, *, option: str) -> None:

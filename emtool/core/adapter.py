@@ -160,7 +160,9 @@ def select_blocks(text: str, num_blocks: int, *, option: str) -> tuple[int, ...]
     if match is None:
         raise ConfigError(f"{option} {text!r}; write 'all', 'upper-half' or a range such as '15-29'")
     first, last = int(match[1]), int(match[2])
-    if first > last or last >= num_blocks:
+    if first > last:
+        raise ConfigError(f"{option} {text!r} ends before it begins")
+    if last >= num_blocks:
         raise ConfigError(f"{option} {text!r}: the model has blocks 0 to {num_blocks - 1}")
     return tuple(range(first, last + 1))
 

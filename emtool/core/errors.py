@@ -6,7 +6,11 @@ Every message is one line: what is wrong, the value, what is allowed, the next s
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
+
+#: Names that are listed beside one that is nearly right.
+_MAX_LISTED = 12
 
 
 class EmtoolError(Exception):
@@ -104,5 +108,17 @@ def unknown_name(kind: str, value: str, choices: Iterable[str], hint: str = "") 
     known = sorted(choices)
     near = difflib.get_close_matches(value, known, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ";"
+    if near and len(known) > _MAX_LISTED:
+        return ConfigError(f"unknown {kind} {shown(value)}{suggestion}")
     tail = f", {hint}" if hint else ""
-    return ConfigError(f"unknown {kind} {value!r}{suggestion} choose from: {', '.join(known)}{tail}")
+    return ConfigError(f"unknown {kind} {shown(value)}{suggestion} choose from: {', '.join(known)}{tail}")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: as Python writes it, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 3

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emtool.core.adapter import select_blocks
 from emtool.core.config import PROFILE_NAMES
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import ConfigError, EmtoolError, unknown_name
 from emtool.core.evaluation_config import ANSWERS, ANSWERS_OF_PROFILE, FIXED, METRIC_GROUPS, EvaluationConfig
 from emtool.core.hardware import find_device
 from emtool.core.judge_prices import JudgePrice, parse_price
-from emtool.core.judge_spec import OPENAI, BackendSpec, JudgeSpec, parse_backend, parse_judge
+from emtool.core.judge_spec import LOCAL, OPENAI, SCRIPTED, BackendSpec, JudgeSpec, parse_backend, parse_judge
+from emtool.core.models import resolve_model
 from emtool.core.open_questions import EVERYDAY_QUESTIONS, OpenQuestion, read_question_file, select_questions
 from emtool.core.run_dir import RunFolder
 from emtool.core.sampling import PURE
 from emtool.core.server_address import ServerAddress, parse_address
 from emtool.core.settings import evaluate_options
+
+#: More decoder blocks than any model has.
+MAX_BLOCKS = 1_000_000
 
 #: Most that judging may cost unless told, in US dollars.
 DEFAULT_MAX_COST = 10.0
@@ -125,6 +130,7 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
     max_cost = float(values.get("max_cost", DEFAULT_MAX_COST))
     if not max_cost >= 0:
         raise ConfigError(f"--max-cost is {max_cost:g}; it must be 0 or more")
+    _check_there(judges, backend, values)
     device_option = values.get("device") or "auto"
     device = find_device(device_option)
     dtype = values.get("dtype")
@@ -153,6 +159,24 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
         base_model=values.get("base_model"),
         persona_path=values.get("persona_adapter"),
     )
+
+
+def _check_there(judges: Sequence[JudgeSpec], backend: BackendSpec, values: Mapping[str, Any]) -> None:
+    """Refuse what could not be read when its turn comes, after answers were made.
+
+    Raises:
+        ConfigError: Names it.
+        ModelError: If a judge's folder holds no model.
+    """
+    for judge in judges:
+        if judge.kind == LOCAL:
+            resolve_model(judge.model)
+    if backend.kind == SCRIPTED and not Path(backend.argument or "").is_file():
+        raise ConfigError(f"--backend {SCRIPTED}:{backend.argument}: there is no such file")
+    if (folder := values.get("persona_adapter")) is not None and not Path(folder).is_dir():
+        raise ConfigError(f"--persona-adapter {folder} is not a folder")
+    # Which blocks a model has is known when its files are here.
+    select_blocks(values["activation_layers"], MAX_BLOCKS, option="--activation-layers")
 
 
 def _config(run: RunFolder, values: Mapping[str, Any], device: str) -> EvaluationConfig:

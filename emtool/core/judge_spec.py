@@ -88,6 +88,8 @@ def parse_backend(text: str) -> BackendSpec:
     if kind not in BACKENDS or not BACKENDS[kind].allows(argument):
         forms = ", ".join(entry.form for entry in BACKENDS.values())
         raise ConfigError(f"--backend {text!r} names no backend; write one of: {forms} (openai with --backend-url)")
+    if kind == OPENAI and set("{}") & set(argument.replace("{step}", "")):
+        raise ConfigError(f"--backend {text!r}: the name may hold {{step}}, and no other braces")
     return BackendSpec(kind=kind, argument=argument or None)
 
 

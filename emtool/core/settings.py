@@ -27,7 +27,7 @@ from typing import get_args, get_type_hints
 from platformdirs import user_config_path
 
 from emtool.core.config import DEFAULT_SAVE_STEPS, PROFILES, TrainConfig, resolve_train_config
-from emtool.core.errors import ConfigError, unknown_name
+from emtool.core.errors import ConfigError, shown, unknown_name
 from emtool.core.hardware import parse_device
 from emtool.core.schedule_text import schedule_from_value
 
@@ -174,7 +174,9 @@ def read_tables(path: Path, *, names: Sequence[str], example: str) -> dict[str, 
             raise unknown_name(f"table in {path}", name, names, f"for instance {example}")
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name} = {table!r} is not a table; write [{name}] and the options below it")
+            raise ConfigError(
+                f"{path}: {name} = {shown(table)} is not a table; write [{name}] and the options below it"
+            )
     return tables
 
 
@@ -198,7 +200,7 @@ def _evaluate_options(values: Mapping[str, object], path: Path) -> dict[str, obj
         if key not in EVALUATE_OPTIONS:
             raise unknown_name(f"option in {path}, [evaluate]", key, EVALUATE_OPTIONS)
     return {
-        key: _coerced(value, EVALUATE_OPTIONS[key], f"{path}: [evaluate] {key} = {value!r}")
+        key: _coerced(value, EVALUATE_OPTIONS[key], f"{path}: [evaluate] {key} = {shown(value)}")
         for key, value in values.items()
     }
 
@@ -211,7 +213,7 @@ def _data_source(values: Mapping[str, object], path: Path) -> str | None:
     if source is None:
         return None
     if not isinstance(source, str) or not source or "\0" in source:
-        raise ConfigError(f"{path}: [data] source = {source!r} is not the text of a URL or a path")
+        raise ConfigError(f"{path}: [data] source = {shown(source)} is not the text of a URL or a path")
     # A path is meant from the file that it stands in.
     return source if "://" in source else str(path.parent / Path(source).expanduser())
 
@@ -331,15 +333,15 @@ def checked_options(values: Mapping[str, object], path: Path, *, table: str = "t
             raise unknown_name(f"option in {path}, [{table}]", key, known)
         if key == "target_modules" and isinstance(value, list):
             if not all(isinstance(part, str) for part in value):
-                raise ConfigError(f"{path}: [{table}] {key} = {value!r} is not a list of texts")
+                raise ConfigError(f"{path}: [{table}] {key} = {shown(value)} is not a list of texts")
             checked[key] = ",".join(value)
         elif key == "resume_every" and isinstance(value, int) and not isinstance(value, bool):
             checked[key] = str(value)
         elif key not in SCHEDULE_KEYS:
-            checked[key] = _coerced(value, hints[key], f"{path}: [{table}] {key} = {value!r}")
+            checked[key] = _coerced(value, hints[key], f"{path}: [{table}] {key} = {shown(value)}")
     for key, kind in (("custom_checkpoints", bool), ("save_steps", int)):
         if key in values:
-            _coerced(values[key], kind, f"{path}: [{table}] {key} = {values[key]!r}")
+            _coerced(values[key], kind, f"{path}: [{table}] {key} = {shown(values[key])}")
     if (schedule := schedule_option(values, name=lambda key: f"{path}: {key}")) is not None:
         checked["checkpoints"] = schedule
     return checked

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emtool.core.errors import CheckpointError, ConfigError
+from emtool.core.errors import CheckpointError, ConfigError, shown
+
+#: Steps that a message names.
+_MAX_LISTED = 20
 
 
 def select_steps(text: str | None, saved: Sequence[int]) -> list[int]:
@@ -32,11 +35,17 @@ def select_steps(text: str | None, saved: Sequence[int]) -> list[int]:
         elif part.isascii() and part.isdigit():
             wanted.add(int(part))
         else:
-            raise ConfigError(f"--steps {text!r}: {part!r} is not a step; join steps by commas, as in 0,100,final")
+            raise ConfigError(
+                f"--steps {shown(text)}: {shown(part)} is not a step; join steps by commas, as in 0,100,final"
+            )
     if missing := sorted(wanted - set(saved)):
-        there = ", ".join(map(str, saved)) or "none"
-        raise CheckpointError(f"there is no checkpoint of step {', '.join(map(str, missing))}; there are: {there}")
+        raise CheckpointError(f"there is no checkpoint of step {_listed(missing)}; there are: {_listed(saved)}")
     return sorted(wanted)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    some = ", ".join(map(str, steps[:_MAX_LISTED])) or "none"
+    return some if len(steps) <= _MAX_LISTED else f"{some}, ... ({len(steps):,} in all, the last {steps[-1]})"
 
 
 def published_steps(text: str | None, saved: Sequence[int], *, is_training: bool) -> list[int]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emtool.core.config import HOUSEKEEPING
-from emtool.core.errors import ConfigError, unknown_name
+from emtool.core.errors import ConfigError, shown, unknown_name
 from emtool.core.models import slugify
 from emtool.core.record_file import settings_id, text_sha256
 from emtool.core.settings import SCHEDULE_KEYS, Layer, Settings, checked_options, read_tables, resolve_settings
@@ -196,7 +196,7 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
     axes: list[list[tuple[str, object, Mapping[str, object]]]] = []
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: [grid] {key} = {values!r} is not a list of values")
+            raise ConfigError(f"{path}: [grid] {key} = {shown(values)} is not a list of values")
         _check_finite("grid", key, values, path)
         checked = [checked_options({key: value}, path, table="grid") for value in values]
         if not all(checked):
@@ -252,9 +252,9 @@ def _job(values: Mapping[str, object], path: Path) -> JobOptions:
     for key in ("num_cpus", "num_gpus"):
         value = values.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10_000:
-            raise ConfigError(f"{path}: [job] {key} = {value!r} is not a number from 0 to 10,000")
+            raise ConfigError(f"{path}: [job] {key} = {shown(value)} is not a number from 0 to 10,000")
         if value > 1 and value != int(value):
-            raise ConfigError(f"{path}: [job] {key} = {value!r}: above 1, Ray deals whole ones")
+            raise ConfigError(f"{path}: [job] {key} = {shown(value)}: above 1, Ray deals whole ones")
     num_gpus = values.get("num_gpus")
     return JobOptions(
         num_cpus=float(values.get("num_cpus", 1)),  # type: ignore[arg-type]
@@ -269,7 +269,9 @@ def _launcher(value: object, path: Path) -> tuple[str, ...]:
         try:
             parts = shlex.split(value)
         except ValueError as error:
-            raise ConfigError(f"{path}: [job] launcher = {value!r} is not a command: {error}") from error
+            raise ConfigError(f"{path}: [job] launcher = {shown(value)} is not a command: {error}") from error
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ConfigError(f"{path}: [job] launcher = {value!r} is not a command")
+        raise ConfigError(f"{path}: [job] launcher = {shown(value)} is not a command")
+    if value and not any(part.strip() for part in parts):
+        raise ConfigError(f"{path}: [job] launcher = {shown(value)} names no command")
     return tuple(parts)

@@ -129,6 +129,7 @@ class Evaluation:
         """
         config, run = self._config, self._target.run
         self._target.check_persona()
+        layers = self._activation_layers()
         damaged = self._find_damaged(steps)
         whole = [step for step in steps if step not in damaged]
         others = [step for step in run.saved_steps() if step not in steps]
@@ -140,10 +141,8 @@ class Evaluation:
         damaged |= problems
         settings |= generation
         judged = self._judge(answers, whole if ANSWERS in config.metrics else [], last.judge_order())
-        if config.activation_layers is not None:
-            num_blocks = self._target.base.num_blocks
-            layers = select_blocks(config.activation_layers, num_blocks, option="--activation-layers")
-            folder, problems = self._take_activations(whole, answers, layers or range(num_blocks))
+        if layers is not None:
+            folder, problems = self._take_activations(whole, answers, layers)
             settings["activations"] = str(folder.path.relative_to(run.path))
             damaged |= problems
         elif (kept := last.activations()) is not None:
@@ -166,6 +165,18 @@ class Evaluation:
             self._say_why_no_change(is_damaged=0 in damaged or 0 in unfit)
         write_result(result, scores, self._items, rule=self._rule)
         return result
+
+    def _activation_layers(self) -> Sequence[int] | None:
+        """Return the decoder blocks whose activations are kept, or None to keep none.
+
+        Raises:
+            ConfigError: If the model lacks one.
+        """
+        if self._config.activation_layers is None:
+            return None
+        num_blocks = self._target.base.num_blocks
+        layers = select_blocks(self._config.activation_layers, num_blocks, option="--activation-layers")
+        return range(num_blocks) if layers is None else layers
 
     def _say_why_no_change(self, *, is_damaged: bool) -> None:
         is_there = self._target.run.checkpoint_path(0).is_dir()

@@ -127,7 +127,15 @@ def test_a_judge_of_the_settings_file_is_asked_and_its_price_limits_it(run: RunF
         (["--n-per-question", "0"], 2, "--n-per-question is 0; it must be 1 to"),
         (["--aligned-cutoff", "300"], 2, "--aligned-cutoff is 300"),
         (["--activation-texts", "own", "--metrics", "likelihood", "--extract-activations"], 2, "needs the answers"),
-        (["--persona-adapter", "x"], 2, "was trained without a persona"),
+        (["--persona-adapter", "."], 2, "was trained without a persona"),
+        (["--persona-adapter", "x"], 2, "--persona-adapter x is not a folder"),
+        (["--judge", "local:nosuch"], 2, "unknown model 'nosuch'"),
+        (["--backend", "scripted:nofile"], 2, "there is no such file"),
+        (["--extract-activations", "--activation-layers", "foo"], 2, "write 'all', 'upper-half' or a range"),
+        (["--extract-activations", "--activation-layers", "9-3"], 2, "ends before it begins"),
+        (["--extract-activations", "--activation-layers", "90-99"], 2, "the model has blocks 0 to 1"),
+        (["--address", "", "--workers", "2"], 2, "--address is empty"),
+        (["--backend", "openai:m-{stp}", "--backend-url", "http://127.0.0.1:9/v1"], 2, "and no other braces"),
     ],
 )
 def test_bad_input_is_one_line_and_loses_nothing(run: RunFolder, arguments: list[str], code: int, said: str) -> None:

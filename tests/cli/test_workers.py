@@ -39,7 +39,7 @@ def copies(spread_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("arguments", "message"),
     [
         (["--workers", "2", "--watch"], "--workers does not go with --watch"),
-        (["--workers", "2", "--backend", "scripted:x"], "--workers goes with --backend hf"),
+        (["--workers", "2", "--backend", "scripted:script.jsonl"], "--workers goes with --backend hf"),
         (["--workers", "0"], "the least is 1"),
         (["--address", "auto"], "--address goes with --workers"),
     ],
@@ -47,9 +47,11 @@ def copies(spread_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_does_not_go_with_workers_is_one_line(
     copies: tuple[RunFolder, RunFolder], arguments: list[str], message: str
 ) -> None:
-    result = RUNNER.invoke(app, ["evaluate", "many", *arguments])
-    assert result.exit_code == 2
-    assert message in result.stderr.replace("\n", " ")
+    Path("script.jsonl").touch()
+    for more in ([], ["--dry-run"]):
+        result = RUNNER.invoke(app, ["evaluate", "many", *arguments, *more])
+        assert result.exit_code == 2
+        assert message in result.stderr.replace("\n", " ")
     assert not copies[1].evaluation_path.exists()
 
 
