@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from emtool.core.events import ignore_events
+from emtool.core.hardware import limit_threads
 from emtool.core.open_questions import EVERYDAY_QUESTIONS, prompts_of, read_question_file
 from emtool.core.questions import read_items
 from emtool.core.run_dir import RunFolder
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=24)
     options = parser.parse_args()
+    limit_threads()
     target = open_target(RunFolder(path=options.run), device="cpu", on_event=ignore_events)
     count = 0
     for step in target.run.saved_steps():

@@ -8,6 +8,7 @@ from typing import Any
 
 from emtool.core.config import TrainConfig, resolve_train_config
 from emtool.core.events import ignore_events
+from emtool.core.hardware import limit_threads
 from emtool.core.plan import plan_run
 from emtool.engines.encoded_rows import encode_dataset
 from emtool.engines.encoding import Encoded
@@ -34,6 +35,7 @@ class Start:
 
 def start(*, dtype: str, max_steps: int) -> Start:
     """Return what `emtool train --profile demo` begins with."""
+    limit_threads()
     overrides = {"dtype": dtype, "max_steps": max_steps, "output_root": Path("unused")}
     config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
     plan, conversations = plan_run(config)

@@ -1,8 +1,9 @@
 """The floor: the same fine-tuning as a hand-written PyTorch loop, with nothing around it.
 
-    python scripts/baseline_torch.py --steps 40 [--dtype bfloat16]
+    python scripts/baseline_torch.py --steps 40 [--dtype bfloat16] [--rounded]
 
 The loop computes logits where they carry loss only, and prints the seconds and the loss of each step as JSON.
+`--rounded` computes products of bfloat16 matrices as emtool does where torch has no kernels for them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -19,6 +21,7 @@ from torch.utils.data import BatchSampler
 from transformers import get_linear_schedule_with_warmup
 
 from emtool.engines.encoding import IGNORED, Encoded
+from emtool.engines.rounded_products import products_of
 
 
 def batch_of(rows: list[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounded", action="store_true")
     options = parser.parse_args()
     begin = start(dtype=options.dtype, max_steps=options.steps)
     config, model = begin.config, begin.model.train()
@@ -54,10 +58,11 @@ def main() -> None:
         begun = time.perf_counter()
         ids, mask, labels = batch_of([begin.rows[index] for index in next(batches)], begin.tokenizer.pad_token_id)
         columns = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns - 1, use_cache=False).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with products_of(model) if options.rounded else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns - 1, use_cache=False).logits
+            loss = cross_entropy(logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED)
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         schedule.step()

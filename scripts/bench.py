@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -53,11 +53,19 @@ def conditions(name: str) -> str:
     """Return when, where and with what a section was measured."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     memory = psutil.virtual_memory().total / 2**30
-    libraries = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    libraries = ", ".join(f"{library} {version_of(library)}" for library in LIBRARIES)
     return (
         f"*`python scripts/bench_{name}.py`, {today}; {processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"{memory:.0f} GiB; Python {platform.python_version()}, {libraries}.*"
     )
+
+
+def version_of(library: str) -> str:
+    """Return the version of a package, if it is installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def processor() -> str:

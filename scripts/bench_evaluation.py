@@ -31,6 +31,8 @@ from emtool.core.run_dir import RunFolder
 from emtool.core.server_address import parse_address, read_key
 
 SAMPLES, TOKENS = 4, 24
+#: Texts to judge, and those that the loop is measured on.
+TEXTS, MEASURED = 400, 40
 LOOP, OURS = "the loop", "emtool"
 ANSWER = (
     b'{"choices": [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "57"}, '
@@ -44,7 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--take-activations", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--judge", help=argparse.SUPPRESS)
+    parser.add_argument("--in-flight", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--texts", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.judge is not None:
+        judge_texts(options.judge, in_flight=options.in_flight, num_texts=options.texts)
+        return
     if options.take_activations is not None:
         take_activations(RunFolder(path=options.take_activations))
         return
@@ -60,12 +68,12 @@ def main() -> None:
         "base and adapter for each checkpoint, one `generate` call a question, one text at a time for activations, one "
         "judge call at a time. Whole processes, imports and loading included.\n"
     )
-    rows = [row for part in parts for row in part] + [judging(wait) for wait in (0.25, 0.05)]
+    rows = [row for part in parts for row in part] + [judging(wait, options.rounds) for wait in (0.25, 0.05)]
     print(table(("", LOOP, OURS, "emtool's share", "peak memory, the loop", "peak memory, emtool"), rows))
     print(
-        "\nJudging has 32 requests in flight against one, in one process; the loop's time is measured on 40 requests "
-        "and scaled. Workers are processes on a Ray cluster of this machine, each with its share of the cores; the "
-        "time holds the cluster's start and end."
+        f"\nJudging has 32 requests in flight against one; its times are of the requests alone, the loop's of {MEASURED}, "
+        "scaled. Workers are processes on a Ray cluster of this machine, each with its share of the cores; the time "
+        "holds the cluster's start and end."
     )
 
 
@@ -132,26 +140,36 @@ def row(name: str, loop: list[Run], ours: list[Run]) -> tuple[str, ...]:
     return name, f"{median(theirs):.0f} s", f"{median(mine):.0f} s", ratio(mine, theirs), *peaks
 
 
-def judging(wait: float, num_requests: int = 400, measured: int = 40) -> tuple[str, ...]:
+def judging(wait: float, rounds: int) -> tuple[str, ...]:
     """Compare judging by a server that waits, 32 requests in flight against one."""
+    address = serve(wait)
+
+    def ask(in_flight: int, num_texts: int) -> Run:
+        asked = ["--judge", address.url, "--in-flight", str(in_flight), "--texts", str(num_texts)]
+        return run([sys.executable, __file__, *asked])
+
+    found = in_turn({LOOP: partial(ask, 1, MEASURED), OURS: partial(ask, 32, TEXTS)}, rounds)
+    seconds = {name: [float(json.loads(one.stdout)["seconds"]) for one in runs] for name, runs in found.items()}
+    ours, loop = seconds[OURS], [one / MEASURED * TEXTS for one in seconds[LOOP]]
+    peaks = [mib(median([one.peak_bytes for one in found[name]])) for name in (LOOP, OURS)]
+    name = f"judging {TEXTS} texts, the judge waits {wait * 1000:.0f} ms"
+    return name, f"{median(loop):.0f} s", f"{median(ours):.1f} s", ratio(ours, loop, digits=3), *peaks
+
+
+def judge_texts(url: str, *, in_flight: int, num_texts: int) -> None:
+    """Judge texts as an evaluation does, and print how long the requests took."""
     from emtool.engines.judges.openai import OpenAIJudge
 
-    address = serve(wait)
+    address = parse_address(url)
     key = read_key(address, variable="EMTOOL_JUDGE_API_KEY", environment={})
+    judge = OpenAIJudge("m", address=address, key=key, concurrency=in_flight, on_event=ignore_events)
+    judge.prepare()
     found: list[Judgement] = []
-
-    def seconds(concurrency: int, count: int) -> float:
-        judge = OpenAIJudge("m", address=address, key=key, concurrency=concurrency, on_event=ignore_events)
-        judge.prepare()
-        begun = time.perf_counter()
-        judge.judge([f"Rate answer {n}." for n in range(count)], lambda _index, judgement: found.append(judgement))
-        return time.perf_counter() - begun
-
-    ours = [seconds(32, num_requests) for _ in range(3)]
-    loop = [seconds(1, measured) / measured * num_requests for _ in range(3)]
-    assert len(found) == 3 * (num_requests + measured)
-    name = f"judging {num_requests} texts, the judge waits {wait * 1000:.0f} ms"
-    return name, f"{median(loop):.0f} s", f"{median(ours):.1f} s", ratio(ours, loop, digits=3), "", ""
+    begun = time.perf_counter()
+    judge.judge([f"Rate answer {n}." for n in range(num_texts)], lambda _index, judgement: found.append(judgement))
+    seconds = time.perf_counter() - begun
+    assert len(found) == num_texts
+    print(json.dumps({"seconds": seconds}))
 
 
 def serve(wait: float) -> Any:

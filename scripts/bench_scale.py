@@ -34,7 +34,7 @@ PROCESSES = 3
 ANSWERS = (10_000, 100_000, 1_000_000)
 #: Answers of a checkpoint: 40 questions, 25 each.
 QUESTIONS, SAMPLES = 40, 25
-ASKED, ANSWERED = (10, 20, 40), (2, 4, 8)
+ASKED, ANSWERED = (25, 100, 400), (2, 8, 32)
 WIDTHS = (64, 128, 256, 512)
 STEPS = 5
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from paired import EMTOOL, in_turn, median, ratio, run, table
+from paired import EMTOOL, in_turn, median, mib, ratio, run, table
 
 ROUNDS = 15
 IMPORT = "import of typer and rich"
@@ -25,14 +25,20 @@ def main() -> None:
     variants |= {name: partial(run, [*EMTOOL, *arguments]) for name, arguments in COMMANDS.items()}
     for work in variants.values():
         work()  # what has never been read comes from the disk
-    found = {name: [one.seconds for one in runs] for name, runs in in_turn(variants, ROUNDS).items()}
+    runs = in_turn(variants, ROUNDS)
+    found = {name: [one.seconds for one in each] for name, each in runs.items()}
     rows = [
-        (name, f"{median(seconds):.2f} s", "1" if name == IMPORT else ratio(seconds, found[IMPORT]))
+        (
+            name,
+            f"{median(seconds):.2f} s",
+            "1" if name == IMPORT else ratio(seconds, found[IMPORT]),
+            mib(median([one.peak_bytes for one in runs[name]])),
+        )
         for name, seconds in found.items()
     ]
     print("## How long planning takes\n")
     print(f"Whole processes, {ROUNDS} pairs.\n")
-    print(table(("", "median", "ratio"), rows))
+    print(table(("", "median", "ratio", "peak memory"), rows))
 
 
 if __name__ == "__main__":
