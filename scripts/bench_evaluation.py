@@ -71,9 +71,9 @@ def main() -> None:
     rows = [row for part in parts for row in part] + [judging(wait, options.rounds) for wait in (0.25, 0.05)]
     print(table(("", LOOP, OURS, "emtool's share", "peak memory, the loop", "peak memory, emtool"), rows))
     print(
-        f"\nJudging has 32 requests in flight against one; its times are of the requests alone, the loop's of {MEASURED}, "
-        "scaled. Workers are processes on a Ray cluster of this machine, each with its share of the cores; the time "
-        "holds the cluster's start and end."
+        "\nJudging has 32 requests in flight against one; its times are of the requests alone, the loop's of "
+        f"{MEASURED}, scaled. Workers are processes on a Ray cluster of this machine, each with its share of the "
+        "cores; the time holds the cluster's start and end."
     )
 
 
