@@ -105,7 +105,9 @@ class RayPool:
                 )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             where = f"no Ray cluster at {self.address}" if self.address else "Ray does not start on this machine"
-            raise BackendError(f"{where}: {str(error).splitlines()[0]}") from error
+            needs_token = self.address and "RAY_AUTH_MODE" not in os.environ
+            hint = "; one that asks for a token takes RAY_AUTH_MODE=token" if needs_token else ""
+            raise BackendError(f"{where}: {str(error).splitlines()[0]}{hint}") from error
         try:
             yield ray
         finally:

@@ -121,17 +121,51 @@ def test_workers_one_of_them_killed_give_what_one_process_gives(copies: tuple[Ru
     )
     killer.join()
     assert done.returncode == 0, done.stderr
-    summaries = [json.loads((run.evaluation_path / "summary.json").read_text()) for run in (one, many)]
-    assert summaries[0]["checkpoints"] == summaries[1]["checkpoints"]
-    assert summaries[0]["settings"] == summaries[1]["settings"]
-    answers = [
-        sorted(line for line in (run.evaluation_path / "answers.jsonl").read_text().splitlines()) for run in (one, many)
-    ]
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == len(one.saved_steps()) * 10 * 12
+    assert_same(one, many, num_samples=12)
     files = [sorted((run.evaluation_path / "activations").rglob("*.safetensors")) for run in (one, many)]
     assert [len(paths) for paths in files] == [len(one.saved_steps())] * 2
     for mine, other in zip(*files, strict=True):
         found, same = read_activations(mine)[0], read_activations(other)[0]
         assert torch.equal(found.text_means_NLD, same.text_means_NLD)
+
+
+def assert_same(one: RunFolder, many: RunFolder, *, num_samples: int) -> None:
+    """Check that workers left the answers and the numbers that one process gives, and nothing else."""
+    summaries = [json.loads((run.evaluation_path / "summary.json").read_text()) for run in (one, many)]
+    assert summaries[0]["checkpoints"] == summaries[1]["checkpoints"]
+    assert summaries[0]["settings"] == summaries[1]["settings"]
+    answers = [sorted((run.evaluation_path / "answers.jsonl").read_text().splitlines()) for run in (one, many)]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == len(one.saved_steps()) * 10 * num_samples
     assert not (many.evaluation_path / "workers").exists()
+
+
+#: A cluster that somebody else started: it says where it is, and ends with its standard input.
+CLUSTER = """
+import sys
+import ray
+print(ray.init(num_cpus=2, include_dashboard=False).address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_cluster_that_is_there_does_the_work_and_stays(
+    copies: tuple[RunFolder, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, many = copies
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    asked = ["--n-per-question", "2", "--max-new-tokens", "8", "--batch-size", "10"]
+    assert RUNNER.invoke(app, ["evaluate", "one", *asked]).exit_code == 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, **pipes) as cluster:  # type: ignore[call-overload]
+        address = cluster.stdout.readline().strip()
+        command = [*EMTOOL, "evaluate", "many", *asked, "--workers", "2", "--address", address]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert cluster.poll() is None
+        again = [sys.executable, "-c", f"import ray; ray.init(address={address!r}); print(len(ray.nodes()))"]
+        assert subprocess.run(again, capture_output=True, text=True, check=True).stdout.strip() == "1"
+        cluster.stdin.close()
+    assert_same(one, many, num_samples=2)
