@@ -12,7 +12,7 @@ from emtool.core.config import resolve_train_config
 from emtool.core.data import Message
 from emtool.core.models import resolve_model
 from emtool.engines.encoding import IGNORED, Encoded, encode_conversation
-from emtool.engines.fitting import AnswerLogitsTrainer, as_dataset, build_trainer, sft_arguments, split_rows
+from emtool.engines.fitting import AnswerLogitsTrainer, RunTrainer, as_dataset, build_trainer, sft_arguments, split_rows
 from emtool.engines.modeling import add_lora, load_base
 from tests.tiny import byte_tokenizer
 
@@ -96,6 +96,33 @@ def test_the_lean_trainer_has_the_losses_and_weights_of_trl(
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_fused_head_gives_trls_losses_and_weights_without_its_statistics(
+    tiny_model: Path, tmp_path: Path, accumulation: int
+) -> None:
+    overrides = {"max_steps": 5, "learning_rate": 1e-2, "gradient_accumulation_steps": accumulation}
+    config = resolve_train_config(profile="demo", overrides=overrides, num_cuda_devices=0)
+    logs, weights = [], []
+    for trainer_class in (RunTrainer, SFTTrainer):
+        model = add_lora(load_base(tiny_model, dtype="float32"), config, resolve_model(str(tiny_model)))
+        set_seed(config.seed)
+        trainer = trainer_class(
+            model=model,
+            args=SFTConfig(**sft_arguments(config, tmp_path)),
+            train_dataset=as_dataset(rows()),
+            processing_class=byte_tokenizer(),
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert [(entry["loss"], entry["grad_norm"]) for entry in logs[0]] == [
+        (entry["loss"], entry["grad_norm"]) for entry in logs[1]
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert all("entropy" in entry for entry in logs[1])
+    assert not any({"entropy", "mean_token_accuracy"} & entry.keys() for entry in logs[0])
 
 
 class Gradients(TrainerCallback):
