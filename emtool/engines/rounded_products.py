@@ -69,5 +69,5 @@ def products_of(model: Any) -> AbstractContextManager[Any]:
     Args:
         model: A transformers or PEFT model; its first weights tell device and dtype.
     """
-    is_slow = model.device.type == "cpu" and model.dtype == torch.bfloat16 and not has_bfloat16_kernels()
+    is_slow = torch.device(model.device).type == "cpu" and model.dtype == torch.bfloat16 and not has_bfloat16_kernels()
     return RoundedProducts() if is_slow else contextlib.nullcontext()
