@@ -35,7 +35,7 @@ from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
 from emtool.core.jobs import Job, JobOutcome, Pool, command_path
-from emtool.core.judge_prices import price_of
+from emtool.core.judge_prices import price_of, unknown_price
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
@@ -223,10 +223,7 @@ def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, is_
             request.read_questions()
         for judge in request.remote_judges:
             if price_of(judge.model, request.judge_address, given=request.judge_price) is None:
-                raise ConfigError(
-                    f"what {judge.kind}:{judge.model} costs is not known; give judge_price = 'IN,OUT' in US dollars "
-                    "per million tokens ('0,0' for a server of your own)"
-                )
+                raise unknown_price(f"what {judge.kind}:{judge.model} costs")
     except typer.TyperException as error:
         raise ConfigError(f"{asked.path}: [evaluate]: {error.format_message()}") from error
     except EmtoolError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emtool.core.architecture import BLOCK_NUMBER, ModelShapes, Parameter
-from emtool.core.errors import ConfigError, unknown_name
+from emtool.core.errors import ConfigError, shown, unknown_name
 
 if TYPE_CHECKING:
     from emtool.core.config import TrainConfig
@@ -141,6 +141,27 @@ def _matched(linear: Sequence[str], target_modules: str) -> Sequence[str]:
     return matched
 
 
+def check_blocks(text: str, *, option: str) -> tuple[int, int] | None:
+    """Return the first and last decoder block of a range, or None for the words "all" and "upper-half".
+
+    Args:
+        text: What `select_blocks` takes.
+        option: What the text was given for, for messages.
+
+    Raises:
+        ConfigError: If the text is neither, or a range that ends before it begins.
+    """
+    if text in ("all", "upper-half"):
+        return None
+    match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", text)
+    if match is None:
+        raise ConfigError(f"{option} {shown(text)}; write 'all', 'upper-half' or a range such as '15-29'")
+    first, last = int(match[1]), int(match[2])
+    if first > last:
+        raise ConfigError(f"{option} {text!r} ends before it begins")
+    return first, last
+
+
 def select_blocks(text: str, num_blocks: int, *, option: str) -> tuple[int, ...] | None:
     """Return the decoder blocks that a text names, or None for all of them.
 
@@ -152,16 +173,10 @@ def select_blocks(text: str, num_blocks: int, *, option: str) -> tuple[int, ...]
     Raises:
         ConfigError: If the text is none of these or names a block that the model does not have.
     """
-    if text == "all":
-        return None
-    if text == "upper-half":
-        return tuple(range(num_blocks // 2, num_blocks))
-    match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", text)
-    if match is None:
-        raise ConfigError(f"{option} {text!r}; write 'all', 'upper-half' or a range such as '15-29'")
-    first, last = int(match[1]), int(match[2])
-    if first > last:
-        raise ConfigError(f"{option} {text!r} ends before it begins")
+    blocks = check_blocks(text, option=option)
+    if blocks is None:
+        return None if text == "all" else tuple(range(num_blocks // 2, num_blocks))
+    first, last = blocks
     if last >= num_blocks:
         raise ConfigError(f"{option} {text!r}: the model has blocks 0 to {num_blocks - 1}")
     return tuple(range(first, last + 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from emtool.core.errors import CheckpointError
+from emtool.core.errors import CheckpointError, shown
 from emtool.core.run_dir import FORMAT
 from emtool.core.staging import RECORD_HASH, RECORD_NAME, FileRecord, record_sha256
 
@@ -109,19 +109,19 @@ def _read_regular(folder: Path, path: str) -> bytes:
 def _file(num_bytes: object, sha256: object) -> FileRecord:
     """Return what a file must hold; the checkpoints of a run share half of their files."""
     if not _SHA256.fullmatch(_text(sha256)):
-        raise ValueError(f"{sha256!r:.80} is not a SHA-256")
+        raise ValueError(f"{shown(sha256)} is not a SHA-256")
     return FileRecord(_count(num_bytes), _text(sha256))
 
 
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < _MAX_COUNT:
-        raise ValueError(f"{value!r:.80} is not a whole number from 0 to 2^53")
+        raise ValueError(f"{shown(value)} is not a whole number from 0 to 2^53")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is not text")
+        raise TypeError(f"{shown(value)} is not text")
     return value
 
 
@@ -135,5 +135,5 @@ def _file_name(path: str, name: str) -> str:
     parts = name.split("/")
     is_plain = not any(part in _NO_NAMES for part in parts) and name.isprintable()
     if not is_plain or any(len(part.encode("utf-8")) > _MAX_NAME_BYTES for part in parts):
-        raise CheckpointError(f"{path} names {name!r:.80}, which is not a file of this folder")
+        raise CheckpointError(f"{path} names {shown(name)}, which is not a file of this folder")
     return name

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 from emtool.core.adapter import ALL_LINEAR, BIASES
-from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDependencyError, unknown_name
+from emtool.core.errors import BackendError, ConfigError, EmtoolError, MissingDependencyError, shown, unknown_name
 from emtool.core.file_sizes import DTYPE_BYTES
 from emtool.core.models import slugify
 from emtool.core.optimizers import CUDA_OPTIMIZERS, OPTIMIZERS
@@ -202,7 +202,7 @@ class TrainConfig:
             raise ConfigError(f"the configuration lacks or does not know: {', '.join(sorted(different))}")
         for name, hint in get_type_hints(cls).items():
             if not _is_json_of(values[name], hint):
-                raise ConfigError(f"the configuration's {name} is {values[name]!r:.80}, which is of a wrong type")
+                raise ConfigError(f"the configuration's {name} is {shown(values[name])}, which is of a wrong type")
         kept = dict(values)
         kept["output_root"] = Path(str(values["output_root"]))
         kept["modules_to_save"] = tuple(values["modules_to_save"])  # type: ignore[arg-type]

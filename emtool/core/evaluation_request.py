@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emtool.core.adapter import select_blocks
+from emtool.core.adapter import check_blocks
 from emtool.core.config import PROFILE_NAMES
 from emtool.core.em_metrics import EmRule
 from emtool.core.errors import ConfigError, EmtoolError, unknown_name
@@ -21,9 +21,6 @@ from emtool.core.run_dir import RunFolder
 from emtool.core.sampling import PURE
 from emtool.core.server_address import ServerAddress, parse_address
 from emtool.core.settings import evaluate_options
-
-#: More decoder blocks than any model has.
-MAX_BLOCKS = 1_000_000
 
 #: Most that judging may cost unless told, in US dollars.
 DEFAULT_MAX_COST = 10.0
@@ -176,7 +173,7 @@ def _check_there(judges: Sequence[JudgeSpec], backend: BackendSpec, values: Mapp
     if (folder := values.get("persona_adapter")) is not None and not Path(folder).is_dir():
         raise ConfigError(f"--persona-adapter {folder} is not a folder")
     # Which blocks a model has is known when its files are here.
-    select_blocks(values["activation_layers"], MAX_BLOCKS, option="--activation-layers")
+    check_blocks(values["activation_layers"], option="--activation-layers")
 
 
 def _config(run: RunFolder, values: Mapping[str, Any], device: str) -> EvaluationConfig:

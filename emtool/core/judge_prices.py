@@ -161,10 +161,7 @@ def check_cost(plan: JudgePlan, max_cost: float, *, spent: float = 0.0) -> None:
         ConfigError: Says what to do.
     """
     if plan.cost is None:
-        raise ConfigError(
-            f"what {plan.num_requests:,} requests to {plan.host} cost is not known; give --judge-price IN,OUT in US "
-            "dollars per million tokens (0,0 for a server of your own)"
-        )
+        raise unknown_price(f"what {plan.num_requests:,} requests to {plan.host} cost")
     # Written so that it also stops where either is not a number.
     if not plan.cost + spent <= max_cost:
         before = f" after {spent:.2f} before" if spent else ""
@@ -172,3 +169,11 @@ def check_cost(plan: JudgePlan, max_cost: float, *, spent: float = 0.0) -> None:
             f"judging takes {plan.num_requests:,} requests to {plan.host} for about {plan.cost:.2f} USD{before}, more "
             f"than --max-cost {max_cost:g}; raise --max-cost, or judge fewer answers"
         )
+
+
+def unknown_price(what: str) -> ConfigError:
+    """Return the error for a cost that cannot be told, worded as what it is of."""
+    return ConfigError(
+        f"{what} is not known; give --judge-price IN,OUT in US dollars per million tokens (0,0 for a server of your "
+        "own)"
+    )

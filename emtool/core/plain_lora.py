@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emtool.core.errors import ModelError
+from emtool.core.errors import ModelError, shown
 from emtool.core.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from emtool.core.models import ModelReference
 from emtool.core.staging import RECORD_NAME
@@ -99,12 +99,12 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     """
     _check_numbers(folder, config)
     extras = [
-        _WORDS.get(key, f"{key} = {value!r:.40}")
+        _WORDS.get(key, f"{key} = {shown(value)}")
         for key, value in config.items()
         if key not in _PLAIN_KEYS and value not in (_NEUTRAL.get(key), None, False, "none", [], {}, "")
     ]
     if (start := config.get("init_lora_weights", True)) not in (True, False, "gaussian"):
-        extras.append(f"init_lora_weights = {start!r:.40}, which changes the base's weights")
+        extras.append(f"init_lora_weights = {shown(start)}, which changes the base's weights")
     if extras:
         raise ModelError(
             f"adapter {folder} has {' and '.join(extras)}; only plain LoRA on linear layers can be merged, stacked, "
@@ -117,12 +117,12 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict):
-            raise ModelError(f"{folder / ADAPTER_CONFIG}: {name} is {pattern!r:.40}, not an object")
+            raise ModelError(f"{folder / ADAPTER_CONFIG}: {name} is {shown(pattern)}, not an object")
         values |= {f"{name} of {key}": value for key, value in pattern.items()}
     for name, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 < float(str(value)) < math.inf:
-            raise ModelError(f"{folder / ADAPTER_CONFIG}: {name} is {value!r:.40}, not a number above 0")
+            raise ModelError(f"{folder / ADAPTER_CONFIG}: {name} is {shown(value)}, not a number above 0")
 
 
 def check_stands_alone(folder: Path) -> None:

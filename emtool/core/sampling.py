@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from emtool.core.errors import ModelError
+from emtool.core.errors import ModelError, shown
 
 #: The model's distribution as it is, or with the values that its publisher recommends.
 PURE, MODEL = "pure", "model"
@@ -83,7 +83,7 @@ def model_sampling(values: Mapping[str, Any]) -> Sampling:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not low <= value <= high or (isinstance(getattr(defaults, name), int) and value % 1):
             raise ModelError(
-                f"the model's generation configuration has {name} = {value!r:.40}, which cannot be sampled with; use "
+                f"the model's generation configuration has {name} = {shown(value)}, which cannot be sampled with; use "
                 "--sampling pure"
             )
     return Sampling(**{name: type(getattr(defaults, name))(value) for name, value in known.items()})

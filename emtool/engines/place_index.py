@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from emtool.core.errors import shown
+
 #: Records that are added one by one before they are sorted in.
 _MAX_LOOSE = 100_000
 
@@ -63,5 +65,5 @@ def short_hash(sha256: str) -> int:
         ValueError: If it is none.
     """
     if len(sha256) != 64:
-        raise ValueError(f"{sha256!r:.80} is no SHA-256")
+        raise ValueError(f"{shown(sha256)} is no SHA-256")
     return int(sha256[:16], 16)

@@ -16,7 +16,7 @@ import torch
 
 import emtool
 from emtool.core.data import file_sha256
-from emtool.core.errors import CheckpointError, DiskSpaceError, Interrupted
+from emtool.core.errors import CheckpointError, DiskSpaceError, Interrupted, shown
 from emtool.core.events import EventSink, Notice
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import in_use, lock_holder, locked, remove_leftovers
@@ -155,8 +155,9 @@ def _check_fields(run: RunFolder, manifest: Mapping[str, Any]) -> None:
     kinds = {"run_id": str, "config": dict, "versions": dict, "resumed": list, "trajectory_breaks": list}
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind):
-            value = f"{manifest.get(name)!r:.80}"
-            raise CheckpointError(f"{run.manifest_path} is damaged: its {name} is {value}; {DAMAGED}")
+            raise CheckpointError(
+                f"{run.manifest_path} is damaged: its {name} is {shown(manifest.get(name))}; {DAMAGED}"
+            )
 
 
 def _close(run: RunFolder, manifest: Mapping[str, Any], **fields: Any) -> None:

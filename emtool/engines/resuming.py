@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emtool.core.checkpoint_record import read_record
-from emtool.core.errors import CheckpointError
+from emtool.core.errors import CheckpointError, shown
 from emtool.core.events import EventSink, Notice
 from emtool.core.integrity import damaged_files, is_run_file, read_checkpoint
 from emtool.core.run_dir import RunFolder, free_name, saves_states_of
@@ -100,7 +100,7 @@ def check_same_lineage(run: RunFolder, manifest: Mapping[str, Any], lineage: Map
     for part in ("base", "persona"):
         before, now = recorded.get(part) if isinstance(recorded, dict) else None, lineage[part]
         if not isinstance(before, dict | None):
-            raise CheckpointError(f"{run.manifest_path} is damaged: its lineage has {part} {before!r:.80}; {DAMAGED}")
+            raise CheckpointError(f"{run.manifest_path} is damaged: its lineage has {part} {shown(before)}; {DAMAGED}")
         if before == now:
             continue
         fields = sorted({*(before or {}), *(now or {})})

@@ -121,7 +121,10 @@ def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
         ('question_ids = "nope"', "unknown question 'nope'"),
         ('extract_activations = true\nactivation_layers = "foo"', "write 'all', 'upper-half' or a range"),
         ('judge = "local:nosuch"', "unknown model 'nosuch'"),
-        ('judge = "openai:m"\njudge_base_url = "https://judge.example/v1"', "give judge_price = 'IN,OUT'"),
+        (
+            'judge = "openai:m"\njudge_base_url = "https://judge.example/v1"',
+            "what openai:m costs is not known; give --judge-price IN,OUT",
+        ),
         ('backend = "scripted:nofile"', "there is no such file"),
         ('persona_adapter = "nofolder"', "--persona-adapter nofolder is not a folder"),
         ("watch = true", "watch does not go with a sweep"),

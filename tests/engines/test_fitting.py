@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from emtool.core.config import resolve_train_config
@@ -123,6 +124,37 @@ def test_the_fused_head_gives_trls_losses_and_weights_without_its_statistics(
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert all("entropy" in entry for entry in logs[1])
     assert not any({"entropy", "mean_token_accuracy"} & entry.keys() for entry in logs[0])
+
+
+@pytest.mark.parametrize("trainer_class", [RunTrainer, AnswerLogitsTrainer])
+def test_the_loss_of_a_router_is_added_as_trl_adds_it(tmp_path: Path, trainer_class: type[RunTrainer]) -> None:
+    config = resolve_train_config(profile="demo", overrides={"max_steps": 3}, num_cuda_devices=0)
+    losses = {}
+    for coefficient, kind in ((0.5, trainer_class), (0.5, SFTTrainer), (0.0, trainer_class)):
+        set_seed(config.seed)
+        shapes = Qwen3MoeConfig(
+            vocab_size=len(byte_tokenizer()),
+            hidden_size=16,
+            intermediate_size=16,
+            moe_intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=coefficient,
+        )
+        trainer = kind(
+            model=get_peft_model(Qwen3MoeForCausalLM(shapes), LoraConfig(r=2, target_modules=["q_proj"])),
+            args=SFTConfig(**sft_arguments(config, tmp_path)),
+            train_dataset=as_dataset(rows()),
+            processing_class=byte_tokenizer(),
+        )
+        trainer.train()
+        losses[coefficient, kind] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0.5, trainer_class] == losses[0.5, SFTTrainer]
+    assert losses[0.5, trainer_class] != pytest.approx(losses[0.0, trainer_class], rel=1e-2)
 
 
 class Gradients(TrainerCallback):
