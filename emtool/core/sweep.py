@@ -139,8 +139,8 @@ def read_sweep(path: Path) -> Sweep:
     """Return what a sweep file asks for.
 
     Raises:
-        ConfigError: If it cannot be read, names an unknown option or a value of a wrong type, has no grid, or two of
-            its cells would have one name.
+        ConfigError: If it cannot be read, names an unknown option or a value of a wrong type, gives a value twice, or
+            has no grid.
     """
     tables = read_tables(path, names=_TABLES, example=_EXAMPLE)
     for table in ("train", "grid"):
@@ -202,6 +202,9 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
         if not all(checked):
             # Left out, it would take what a settings file says.
             raise ConfigError(f"{path}: [grid] {key} = {values[checked.index({})]!r} asks for nothing; {_INSTEAD}")
+        counts = Counter(tuple(fields.items()) for fields in checked)
+        if again := [value for value, fields in zip(values, checked, strict=True) if counts[tuple(fields.items())] > 1]:
+            raise ConfigError(f"{path}: [grid] {key} has {shown(again[0])} more than once; give each value once")
         axes.append([(key, value, fields) for value, fields in zip(values, checked, strict=True)])
     names = Counter(map(_meaning, grid))
     if twice := [key for key in grid if names[_meaning(key)] > 1]:
@@ -223,11 +226,8 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
     # Models of two publishers may have one name. The first keeps it: it may be there already, and values are appended.
     first = {cell.name: cell for cell in reversed(cells)}
     cells = [cell if first[cell.name].shown == cell.shown else replace(cell, name=_with_hash(cell)) for cell in cells]
-    for name, number in Counter(cell.name for cell in cells).items():
-        if number > 1:
-            raise ConfigError(f"{path}: {number} cells would be the same, {name}; give each value once")
-        if len(name) > _MAX_NAME:
-            raise ConfigError(f"{path}: the name of a cell is longer than {_MAX_NAME} characters: {name[:40]}...")
+    if long := [cell.name for cell in cells if len(cell.name) > _MAX_NAME]:
+        raise ConfigError(f"{path}: the name of a cell is longer than {_MAX_NAME} characters: {long[0][:40]}...")
     return cells
 
 

@@ -84,7 +84,8 @@ def test_what_a_job_takes(tmp_path: Path) -> None:
         ("[grid]\nseed = []\n", "[grid] seed = [] is not a list of values"),
         ('[grid]\nseed = ["x"]\n', "[grid] seed = 'x' is not a whole number"),
         ('[grid]\ncheckpoints = ["evry 5"]\n', "evry"),
-        ("[grid]\nseed = [0, 0]\n", "2 cells would be the same, seed-0"),
+        ("[grid]\nseed = [0, 0]\n", "seed has 0 more than once; give each value once"),
+        ("[grid]\nlearning_rate = [1e-3, 1, 1.0]\n", "learning_rate has 1 more than once; give each value once"),
         ("[grid]\ncustom_checkpoints = [true, false]\n", "custom_checkpoints = False asks for nothing"),
         (
             "[grid]\ncustom_checkpoints = [true]\nsave_steps = [50]\n",
