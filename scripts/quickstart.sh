@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Set up emtool, train the embedded default with the goodness persona and the custom schedule, evaluate it, report.
 #
-# 8 to 10 minutes on two CPU cores after installation, no GPU needed. Safe to run again: what is done is kept.
+# 8 to 20 minutes on two CPU cores after installation, no GPU needed. Safe to run again: what is done is kept.
 # EMTOOL_TORCH_INDEX sets the index for torch, EMTOOL_CACHE the folder for the base model and the persona.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup_env.sh
 
 run=outputs/smollm2_gardening_goodness_custom
-echo "emtool quickstart: installation (2 minutes), then base model, persona, training, evaluation and report (8 to 10 minutes)."
+echo "emtool quickstart: installation (2 minutes), then base model, persona, training, evaluation and report (8 to 20 minutes)."
 setup_env runtime
 if [ -f "$run/run.json" ] && ! grep -q '"status": "completed"' "$run/run.json"; then
     aside="${run}_unfinished_$(date +%Y%m%d-%H%M%S)"
@@ -19,13 +19,13 @@ fi
 # of the scoring time on a CPU. Other C libraries ignore these; the results are the same bits.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 begun=$SECONDS
-say "training: 397 steps, ten checkpoints (6 minutes; the base model and the persona come first, once)"
+say "training: 397 steps, ten checkpoints (6 to 10 minutes; the base model and the persona come first, once)"
 .venv/bin/emtool train --profile demo --persona goodness --custom-checkpoints
 trained=$SECONDS
 if [ -f "$run/evaluation/summary.json" ]; then
     say "already evaluated: $run/evaluation (repeat with .venv/bin/emtool evaluate $run)"
 else
-    say "evaluating the ten checkpoints (3 minutes)"
+    say "evaluating the ten checkpoints (3 to 8 minutes)"
     .venv/bin/emtool evaluate "$run" --metrics likelihood
 fi
 say "how the adapter moved, when the curves change, and the report (half a minute)"
