@@ -29,9 +29,11 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "typer", "ray")
 
 def main() -> None:
     """Run the scripts and write the document."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all by default")
     chosen = parser.parse_args().sections or SECTIONS
+    if unknown := [name for name in chosen if name not in SECTIONS]:
+        parser.error(f"there is no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     found = read_sections()
     for name in SECTIONS:
         if name in chosen:

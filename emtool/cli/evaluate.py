@@ -28,6 +28,7 @@ from emtool.core.evaluation_config import ACTIVATION_TEXTS, ANSWERS_OF_PROFILE, 
 from emtool.core.evaluation_plan import plan_evaluation
 from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.hardware import select_device
+from emtool.core.interrupts import repeatable
 from emtool.core.judge_spec import BACKENDS, HF
 from emtool.core.run_dir import RunFolder, newest_run
 from emtool.core.run_lock import locked_evaluation
@@ -216,7 +217,7 @@ def evaluate(
     from emtool.engines.evaluating import run_evaluation
 
     try:
-        with progress() as on_event:
+        with repeatable(), progress() as on_event:
             result = run_evaluation(run, request, watch=watch, on_event=on_event)
     except CheckpointError as error:
         if shard is None:
@@ -259,7 +260,7 @@ def _record_on_workers(
     pool = make_pool(workers, address, num_gpus=float(request.device == "cuda"))
     # Each worker sees the device that Ray gives it, whatever its number here.
     arguments = [*given_arguments(context, leave_out=_NOT_FOR_WORKERS), "--device", request.device]
-    with progress() as on_event:
+    with repeatable(), progress() as on_event:
         record_on_workers(
             run,
             plan.steps,

@@ -18,6 +18,7 @@ from emtool.cli.output import data, print_json, progress, say
 from emtool.cli.sweep_view import plan_view, result_view
 from emtool.cli.train import make_plan, start
 from emtool.cli.workers import Address, Workers, check_workers, make_pool, refuse_numbered_device, threads_of
+from emtool.core.adapter import select_blocks
 from emtool.core.config import check_can_start
 from emtool.core.csv_text import csv_text
 from emtool.core.data import file_sha256
@@ -34,13 +35,15 @@ from emtool.core.evaluation_request import EvaluationRequest, read_request
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
+from emtool.core.interrupts import repeatable
 from emtool.core.jobs import Job, JobOutcome, Pool, command_path
 from emtool.core.judge_prices import price_of, unknown_price
+from emtool.core.record_file import settings_id
 from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
 from emtool.core.server_address import JUDGE_KEY_VARIABLE, read_key
-from emtool.core.settings import Settings, file_layers
+from emtool.core.settings import Settings, evaluate_options, file_layers
 from emtool.core.steps import select_steps
 from emtool.core.sweep import Cell, Sweep, read_sweep
 from emtool.core.sweep_folder import CellState, SweepFolder, metric_rows
@@ -90,11 +93,13 @@ def sweep(
     evaluate = None if asked.evaluate is None else _evaluate_arguments(asked)
     request = None if evaluate is None else _request(evaluate, asked, folder, is_on_ray=workers is not None)
     _check_launcher(asked, is_elsewhere=address is not None)
-    states = folder.states(asked)
+    evaluation = None if request is None else _evaluation_id(asked, request)
+    states = folder.states(asked, evaluation=evaluation)
     num_due = sum(_is_due(state, retry_failed=retry_failed) for state in states)
     _check_judges(request if num_due and address is None and not dry_run else None)
     plans = _plans(asked, folder, fetches=not dry_run, is_on_ray=workers is not None, is_elsewhere=address is not None)
     _check_evaluated_steps(asked, plans)
+    _check_evaluated_layers(asked, request, plans)
     view = plan_view(states, plans, launcher=asked.job.launcher, request=request, num_due=num_due)
     if dry_run:
         if as_json:
@@ -115,6 +120,7 @@ def sweep(
         asked,
         folder,
         pool,
+        evaluation=evaluation,
         is_due=partial(_is_due, retry_failed=retry_failed),
         job_of=partial(folder.job, asked, evaluate=evaluate, threads=threads, allow_low_disk=allow_low_disk),
     )
@@ -131,6 +137,7 @@ def _run(
     folder: SweepFolder,
     pool: Pool,
     *,
+    evaluation: str | None,
     is_due: Callable[[CellState], bool],
     job_of: Callable[[Cell], Job],
 ) -> tuple[list[CellState], list[Path]]:
@@ -138,11 +145,13 @@ def _run(
     folder.create()
     with locked_sweep(folder.path):
         folder.keep_file(asked)
-        jobs = [job_of(state.cell) for state in folder.states(asked) if is_due(state)]
-        with progress() as on_event:
+        jobs = [job_of(state.cell) for state in folder.states(asked, evaluation=evaluation) if is_due(state)]
+        folder.begin([job.name for job in jobs])
+        with repeatable(), progress() as on_event:
             if jobs:
-                pool.run(jobs, _Outcomes(asked, folder, len(jobs), on_event))
-        states = folder.states(asked)
+                outcomes = _Outcomes(folder, evaluation=evaluation, num_jobs=len(jobs), on_event=on_event)
+                pool.run(jobs, outcomes, on_event=on_event)
+        states = folder.states(asked, evaluation=evaluation)
         _write_table(folder, states)
         return states, _write_reports(folder, states)
 
@@ -223,12 +232,23 @@ def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, is_
             request.read_questions()
         for judge in request.remote_judges:
             if price_of(judge.model, request.judge_address, given=request.judge_price) is None:
-                raise unknown_price(f"what {judge.kind}:{judge.model} costs")
+                raise unknown_price(f"what {judge.kind}:{judge.model} costs", option="judge_price = 'IN,OUT'")
     except typer.TyperException as error:
         raise ConfigError(f"{asked.path}: [evaluate]: {error.format_message()}") from error
     except EmtoolError as error:
         raise type(error)(f"{asked.path}: [evaluate]: {error}") from error
     return request
+
+
+def _evaluation_id(asked: Sweep, request: EvaluationRequest) -> str:
+    """Return what names the evaluation of every cell: its options, and the contents of the files that they name."""
+    options = {**evaluate_options(), **(asked.evaluate or {})}
+    return settings_id(
+        {
+            "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            "files": {str(path): file_sha256(path) for path in request.file_paths},
+        }
+    )
 
 
 def _check_judges(request: EvaluationRequest | None) -> None:
@@ -281,6 +301,22 @@ def _check_evaluated_steps(asked: Sweep, plans: Sequence[RunPlan]) -> None:
             raise ConfigError(f"cell {cell.name}: {asked.path}, [evaluate]: {error}") from error
 
 
+def _check_evaluated_layers(asked: Sweep, request: EvaluationRequest | None, plans: Sequence[RunPlan]) -> None:
+    """Refuse decoder blocks that the model of a cell does not have, where it is known how many it has.
+
+    Raises:
+        ConfigError: Names the cell.
+    """
+    layers = None if request is None else request.config.activation_layers
+    for cell, plan in zip(asked.cells, plans, strict=True):
+        if layers is None or plan.num_blocks is None:
+            continue
+        try:
+            select_blocks(layers, plan.num_blocks, option="activation_layers")
+        except ConfigError as error:
+            raise ConfigError(f"cell {cell.name}: {asked.path}, [evaluate]: {error}") from error
+
+
 def _check_unchanged(states: Sequence[CellState], plans: Sequence[RunPlan]) -> None:
     """Refuse a sweep whose cells are there with other settings: their results would stand under the new ones.
 
@@ -324,23 +360,20 @@ def _check_fits(states: Sequence[CellState], plans: Sequence[RunPlan], workers: 
 class _Outcomes:
     """Records how each job ended, and says so."""
 
-    def __init__(self, asked: Sweep, folder: SweepFolder, count: int, on_event: EventSink) -> None:
-        self._asked = asked
+    def __init__(self, folder: SweepFolder, *, evaluation: str | None, num_jobs: int, on_event: EventSink) -> None:
         self._folder = folder
+        self._evaluation = evaluation
         self._on_event = on_event
         self._done = 0
-        on_event(PhaseStarted(name=f"cells: {count} to train" + _also(asked), total=count))
+        also = "" if evaluation is None else " and evaluate"
+        on_event(PhaseStarted(name=f"cells: {num_jobs} to train{also}", total=num_jobs))
 
     def __call__(self, outcome: JobOutcome) -> None:
-        self._folder.keep(self._asked, outcome)
+        self._folder.keep(outcome, evaluation=self._evaluation)
         self._done += 1
         said = f"{outcome.name}: done" if outcome.problem is None else f"{outcome.name}: {outcome.problem}"
         self._on_event(Notice(text=said, is_warning=outcome.problem is not None))
         self._on_event(StepFinished(step=self._done))
-
-
-def _also(asked: Sweep) -> str:
-    return "" if asked.evaluate is None else " and evaluate"
 
 
 def _as_json(states: Sequence[CellState], plans: Sequence[RunPlan]) -> list[dict[str, object]]:

@@ -119,6 +119,17 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """Writes values short, whatever they are."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return a number, or its size where Python refuses to write so many digits."""
+        try:
+            return super().repr_int(x, level)
+        except ValueError:
+            return f"<a whole number of {x.bit_length():,} bits>"
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlevel = 3

@@ -82,6 +82,16 @@ class EvaluationRequest:
         """Return the URL of the question file, if it is one."""
         return self.questions if self.questions is not None and "://" in self.questions else None
 
+    @property
+    def file_paths(self) -> tuple[Path, ...]:
+        """Return the files on this machine whose contents shape the answers, and stand in no option."""
+        if ANSWERS not in self.config.metrics:
+            return ()
+        asked = (Path(self.questions),) if self.questions is not None and self.questions_url is None else ()
+        return (
+            (*asked, Path(self.backend.argument)) if self.backend.kind == SCRIPTED and self.backend.argument else asked
+        )
+
     def read_questions(self, fetched: Path | None = None) -> list[OpenQuestion]:
         """Return the questions that are asked.
 

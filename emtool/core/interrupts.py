@@ -79,6 +79,15 @@ def requested() -> Iterator[Requests]:
 
 
 @contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Let an interruption say that nothing was lost, where a command that is given again goes on where it was."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(stop.signum, "what was made is kept, and the same command goes on") from stop
+
+
+@contextlib.contextmanager
 def _still_interrupted(raised: Sequence[int]) -> Iterator[None]:
     """Turn what a library made of an interruption, an error of its own, into the interruption again.
 

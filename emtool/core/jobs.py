@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from emtool.core.errors import CheckpointError
+from emtool.core.events import EventSink, ignore_events
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import lock_holder
 
@@ -90,8 +91,15 @@ class JobOutcome:
 class Pool(Protocol):
     """Runs jobs."""
 
-    def run(self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None]) -> None:
+    def run(
+        self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None], *, on_event: EventSink = ignore_events
+    ) -> None:
         """Run every job, and report each as soon as it has ended.
+
+        Args:
+            jobs: The jobs.
+            on_outcome: Told how each ended.
+            on_event: Told what happens to jobs on the way.
 
         Raises:
             EmtoolError: If jobs cannot be run at all.
@@ -103,7 +111,9 @@ class Pool(Protocol):
 class InSequence:
     """Runs jobs on this machine, one after the other."""
 
-    def run(self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None]) -> None:
+    def run(
+        self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None], *, on_event: EventSink = ignore_events
+    ) -> None:
         """Run every job, and report each as soon as it has ended."""
         for job in jobs:
             on_outcome(run_job(job))
@@ -158,8 +168,14 @@ def _run(command: Command, job: Job) -> tuple[int, str | None]:
         return 0, None
     code = 128 - code if code < 0 else code
     names = {128 + member.value: member.name for member in signal.Signals}
+    said = last_line(job.log_path, begin)
+    if code in names and code not in _STOPPED:
+        # It had no time to say why: its last line is of something else.
+        often = ", as the system does where memory runs out" if code == 128 + signal.SIGKILL else ""
+        last = f"its last line: {said}; " if said else ""
+        return code, f"ended by {names[code]}{often} ({last}{job.log_path})"
     how = f"ended by {names[code]}" if code in names else f"exit code {code}"
-    return code, f"{last_line(job.log_path, begin) or how} ({how}; {job.log_path})"
+    return code, f"{said or how} ({how}; {job.log_path})"
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -171,9 +171,13 @@ def check_cost(plan: JudgePlan, max_cost: float, *, spent: float = 0.0) -> None:
         )
 
 
-def unknown_price(what: str) -> ConfigError:
-    """Return the error for a cost that cannot be told, worded as what it is of."""
+def unknown_price(what: str, *, option: str = "--judge-price IN,OUT") -> ConfigError:
+    """Return the error for a cost that cannot be told.
+
+    Args:
+        what: What costs, for instance "what 3 requests to HOST cost".
+        option: What is to be given.
+    """
     return ConfigError(
-        f"{what} is not known; give --judge-price IN,OUT in US dollars per million tokens (0,0 for a server of your "
-        "own)"
+        f"{what} is not known; give {option} in US dollars per million tokens (0,0 for a server of your own)"
     )

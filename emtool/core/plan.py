@@ -157,6 +157,7 @@ def make_plan(
         shared_bytes=tokenizer_bytes,
         free_bytes=free_bytes(output_path),
         num_processes=processes,
+        num_blocks=None if shapes is None else shapes.num_blocks,
     )
 
 

@@ -64,6 +64,7 @@ class RunPlan:
         shared_bytes: Tokenizer files, stored once; None where they are not known yet.
         free_bytes: Free space of the run folder's file system.
         num_processes: Processes that train together.
+        num_blocks: Decoder blocks of the model; None where they are not known yet.
     """
 
     config: TrainConfig
@@ -78,6 +79,7 @@ class RunPlan:
     shared_bytes: int | None
     free_bytes: int
     num_processes: int = 1
+    num_blocks: int | None = None
 
     @property
     def num_train_rows(self) -> int:

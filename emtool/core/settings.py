@@ -39,6 +39,8 @@ SCHEDULE_KEYS = ("checkpoints", "custom_checkpoints", "save_steps")
 _NOT_SETTABLE = ("profile_reason",)
 _TABLES = ("train", "data", "evaluate")
 _DATA_KEYS = ("source",)
+#: Bits of a whole number in TOML, without its sign.
+_MAX_BITS = 63
 
 #: Options of `emtool evaluate` that a settings file may give, and their types.
 EVALUATE_OPTIONS: Mapping[str, object] = {
@@ -177,6 +179,10 @@ def read_tables(path: Path, *, names: Sequence[str], example: str) -> dict[str, 
             raise ConfigError(
                 f"{path}: {name} = {shown(table)} is not a table; write [{name}] and the options below it"
             )
+        for key, value in table.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and number.bit_length() > _MAX_BITS:
+                    raise ConfigError(f"{path}: [{name}] {key} = {shown(number)} is a number of more than 64 bits")
     return tables
 
 

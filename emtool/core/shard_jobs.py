@@ -57,7 +57,7 @@ def record_on_workers(
         name = f"evaluating {len(steps)} checkpoints with {len(jobs)} worker(s); their logs are in {shards_path(run)}"
         on_event(PhaseStarted(name=name, total=num_answers, unit="answers"))
         with _counting(shards, on_event):
-            pool.run(jobs, outcomes.append)
+            pool.run(jobs, outcomes.append, on_event=on_event)
         failed = [outcome for outcome in outcomes if outcome.problem is not None]
         for outcome in failed:
             on_event(Notice(text=f"{outcome.name}: {outcome.problem}", is_warning=True))

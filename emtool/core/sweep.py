@@ -226,6 +226,8 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
     # Models of two publishers may have one name. The first keeps it: it may be there already, and values are appended.
     first = {cell.name: cell for cell in reversed(cells)}
     cells = [cell if first[cell.name].shown == cell.shown else replace(cell, name=_with_hash(cell)) for cell in cells]
+    if twice := [name for name, number in Counter(cell.name for cell in cells).items() if number > 1]:
+        raise ConfigError(f"{path}: two cells would be called {twice[0]}; rename a value")
     if long := [cell.name for cell in cells if len(cell.name) > _MAX_NAME]:
         raise ConfigError(f"{path}: the name of a cell is longer than {_MAX_NAME} characters: {long[0][:40]}...")
     return cells

@@ -97,41 +97,71 @@ class SweepFolder:
         except OSError as error:
             raise CheckpointError(f"cannot write in {self.path}: {error.strerror}") from error
 
-    def states(self, sweep: Sweep) -> list[CellState]:
-        """Return how far each cell is, as its run folder and the record say."""
+    def states(self, sweep: Sweep, *, evaluation: str | None) -> list[CellState]:
+        """Return how far each cell is, as its run folder and the record say.
+
+        Args:
+            sweep: The sweep.
+            evaluation: What names the evaluation that is asked for; None where none is.
+
+        Raises:
+            CheckpointError: If the record is damaged.
+        """
         known = self._recorded()
-        return [self._state(cell, sweep, known.get(cell.name)) for cell in sweep.cells]
+        return [self._state(cell, evaluation, known.get(cell.name)) for cell in sweep.cells]
 
     def _recorded(self) -> dict[str, Any]:
         record = read_json(self.record_path)
         entries = record.get("cells") if isinstance(record, dict) else None
-        return entries if isinstance(entries, dict) else {}
+        if isinstance(entries, dict):
+            return entries
+        if not self.record_path.exists():
+            return {}
+        raise CheckpointError(
+            f"{self.record_path} is damaged: it says which cells failed; remove it, and every cell is looked at anew "
+            "(what is trained is kept)"
+        )
 
-    def _state(self, cell: Cell, sweep: Sweep, entry: object) -> CellState:
+    def _state(self, cell: Cell, evaluation: str | None, entry: object) -> CellState:
         run = self.run_of(cell)
         recorded = entry if isinstance(entry, dict) else {}
-        is_evaluated = sweep.evaluate is None or (
-            recorded.get("evaluate") == dict(sweep.evaluate) and read_summary(run) is not None
-        )
+        is_evaluated = evaluation is None or (recorded.get("evaluation") == evaluation and bool(read_summary(run)))
         if is_completed(run.path) and recorded.get("status") == "completed" and is_evaluated:
             return CellState(cell=cell, run=run, status="completed")
         if recorded.get("status") == "failed":
             return CellState(cell=cell, run=run, status="failed", problem=str(recorded.get("problem")))
         return CellState(cell=cell, run=run, status="begun" if run.path.exists() else "waiting")
 
-    def keep(self, sweep: Sweep, outcome: JobOutcome) -> None:
-        """Record how the job of a cell ended.
+    def begin(self, names: Sequence[str]) -> None:
+        """Forget how the last jobs of cells ended, whose jobs begin: what stops them now is no failure of before.
 
         Raises:
-            CheckpointError: If it cannot be written.
+            CheckpointError: If the record is damaged, or cannot be written.
+        """
+        known = self._recorded()
+        if known.keys() & set(names):
+            self._write({name: entry for name, entry in known.items() if name not in names})
+
+    def keep(self, outcome: JobOutcome, *, evaluation: str | None) -> None:
+        """Record how the job of a cell ended.
+
+        Args:
+            outcome: How it ended.
+            evaluation: What names the evaluation that it was to make; None where it was to make none.
+
+        Raises:
+            CheckpointError: If the record is damaged, or cannot be written.
         """
         entry = {
             "status": "completed" if outcome.problem is None else "stopped" if outcome.was_stopped else "failed",
             "problem": outcome.problem,
-            "evaluate": None if sweep.evaluate is None else dict(sweep.evaluate),
+            "evaluation": evaluation,
         }
+        self._write({**self._recorded(), outcome.name: entry})
+
+    def _write(self, cells: Mapping[str, object]) -> None:
         try:
-            write_json(self.record_path, {"format": FORMAT, "cells": {**self._recorded(), outcome.name: entry}})
+            write_json(self.record_path, {"format": FORMAT, "cells": cells})
         except OSError as error:
             raise CheckpointError(f"cannot write {self.record_path}: {error.strerror}") from error
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emtool.core.errors import BackendError, Interrupted, MissingDependencyError
+from emtool.core.events import EventSink, Notice, ignore_events
 from emtool.core.interrupts import requested
 from emtool.core.jobs import Job, JobOutcome, run_job
 
@@ -25,6 +28,12 @@ _STOP_SECONDS = 120.0
 
 #: How often a signal is looked for, in seconds.
 _LOOK_SECONDS = 0.5
+
+#: What Ray prints before each line: who says it, in a colour.
+_PREFIX = re.compile(r"^(\x1b\[\d+m)?\([\w ,=.:]+\)(\x1b\[\d+m)?")
+#: What it says of a job whose worker died: that it did, and how often the job is begun again at most.
+_LOST = re.compile(r"A worker died or was killed while executing a task")
+_RETRIED = re.compile(r"Task .+ failed\. There are (\d+) retries remaining")
 
 #: Bytes of Ray's object store: jobs pass a few texts.
 _STORE_BYTES = 80 * 2**20
@@ -50,15 +59,23 @@ class RayPool:
     num_gpus: float = 0
     max_retries: int = DEFAULT_RETRIES
 
-    def run(self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None]) -> None:
+    def run(
+        self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None], *, on_event: EventSink = ignore_events
+    ) -> None:
         """Run every job, at most `workers` at a time, and report each as soon as it has ended.
+
+        Args:
+            jobs: The jobs.
+            on_outcome: Told how each ended.
+            on_event: Told of workers that were lost, and whatever else Ray says.
 
         Raises:
             MissingDependencyError: If Ray is not installed.
             BackendError: If there is no cluster, or none of its nodes can ever run such a job.
             Interrupted: On a signal, after the jobs in progress were told to stop.
         """
-        with self._cluster() as ray, requested() as requests:
+        # Ray prints into the standard output, where results are.
+        with contextlib.redirect_stdout(_RaySays(on_event)), self._cluster() as ray, requested() as requests:
             # Ray's own code cannot be left by an exception: a signal waits until it is looked for here.
             requests.is_deferring = True
             self._check_resources(ray)
@@ -86,6 +103,8 @@ class RayPool:
         check_ray()
         # Nothing is sent anywhere unless it was asked for.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Each line as it comes, not one for several that resemble each other.
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         # Ray would kill what its workers have started at once: jobs are told to stop, and save first.
         os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
         import ray
@@ -133,6 +152,30 @@ class RayPool:
             times = f"its worker was lost {self.max_retries + 1} time(s)"
             return JobOutcome(name=job.name, problem=f"{times}: {type(error).__name__} ({job.log_path})")
         return outcome
+
+
+class _RaySays(io.TextIOBase):
+    """Makes events of the lines that Ray prints."""
+
+    def __init__(self, on_event: EventSink) -> None:
+        self._on_event = on_event
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Take a text; each line that it ends is reported."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if said := _notice_of(line):
+                self._on_event(Notice(text=said, is_warning=True))
+        return len(text)
+
+
+def _notice_of(line: str) -> str | None:
+    """Return what a line of Ray's says to the user, or None where another line or the job's outcome says it."""
+    text = _PREFIX.sub("", line).strip()
+    if (match := _RETRIED.match(text)) is not None:
+        return f"a worker was lost; Ray begins its job again, which goes on where it was ({match[1]} times at most)"
+    return None if not text or _LOST.match(text) else f"Ray: {text}"
 
 
 def check_ray() -> None:

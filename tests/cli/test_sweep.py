@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from emtool.cli.app import app
+from emtool.cli.sweep import _evaluate_arguments, _evaluation_id, _request
 from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError
 from emtool.core.jobs import JobOutcome
@@ -120,15 +121,20 @@ def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
         ('questions = "nofile.yaml"', "seeds.toml: [evaluate]: cannot read"),
         ('question_ids = "nope"', "unknown question 'nope'"),
         ('extract_activations = true\nactivation_layers = "foo"', "write 'all', 'upper-half' or a range"),
+        (
+            'extract_activations = true\nactivation_layers = "1-2"',
+            "cell seed-0: seeds.toml, [evaluate]: activation_layers '1-2': the model has blocks 0 to 1",
+        ),
         ('judge = "local:nosuch"', "unknown model 'nosuch'"),
         (
             'judge = "openai:m"\njudge_base_url = "https://judge.example/v1"',
-            "what openai:m costs is not known; give --judge-price IN,OUT",
+            "what openai:m costs is not known; give judge_price = 'IN,OUT' in US dollars",
         ),
         ('backend = "scripted:nofile"', "there is no such file"),
         ('persona_adapter = "nofolder"', "--persona-adapter nofolder is not a folder"),
         ("watch = true", "watch does not go with a sweep"),
         ("strict = 1", "strict = 1 is not true or false"),
+        (f"n_per_question = 0x{'F' * 4000}", "is a number of more than 64 bits"),
         ("seed = {}", "is neither a text nor a number"),
     ],
 )
@@ -199,9 +205,9 @@ def test_a_cell_that_was_told_to_stop_goes_on_by_itself(tiny_model: Path, rows_f
         (folder.run_of(cell).evaluation_path).mkdir(parents=True)
         summary = {"format": 1, "checkpoints": [{"step": 0, "metrics": {"em_pct": 1.0}}]}
         (folder.run_of(cell).evaluation_path / "summary.json").write_text(json.dumps(summary))
-    folder.keep(asked, JobOutcome(name="seed-0", problem="interrupted", was_stopped=True))
-    folder.keep(asked, JobOutcome(name="seed-1", problem="broken"))
-    states = folder.states(asked)
+    folder.keep(JobOutcome(name="seed-0", problem="interrupted", was_stopped=True), evaluation="one")
+    folder.keep(JobOutcome(name="seed-1", problem="broken"), evaluation="one")
+    states = folder.states(asked, evaluation="one")
     assert [state.status for state in states] == ["begun", "failed"]
     assert [(row["cell"], row["status"], row["em_pct"]) for row in metric_rows(states)] == [
         ("seed-0", "begun", 1.0),
@@ -209,6 +215,63 @@ def test_a_cell_that_was_told_to_stop_goes_on_by_itself(tiny_model: Path, rows_f
     ]
     job = folder.job(asked, asked.cells[0], evaluate=None, threads=None, allow_low_disk=True)
     assert job.commands[0].arguments[-1] == "--allow-low-disk"
+    # A failed cell that is tried again and stopped then has not failed.
+    folder.begin(["seed-1"])
+    assert [state.status for state in folder.states(asked, evaluation="one")] == ["begun", "begun"]
+
+
+def test_a_cell_is_completed_only_with_the_evaluation_that_is_asked_for(tiny_model: Path, rows_file: Path) -> None:
+    asked = read_sweep(sweep_file(tiny_model, rows_file, grid="seed = [0]"))
+    folder = SweepFolder(path=Path("outputs/seeds"))
+    run = folder.run_of(asked.cells[0])
+    run.evaluation_path.mkdir(parents=True)
+    run.manifest_path.write_text(json.dumps({"format": 1, "status": "completed"}))
+    summary = run.evaluation_path / "summary.json"
+    summary.write_text(json.dumps({"format": 1, "checkpoints": []}))
+    folder.keep(JobOutcome(name="seed-0"), evaluation="one")
+
+    def status(evaluation: str | None) -> str:
+        return folder.states(asked, evaluation=evaluation)[0].status
+
+    assert [status("one"), status("other"), status(None)] == ["completed", "begun", "completed"]
+    summary.write_text("{")
+    assert status("one") == "begun"
+    summary.unlink()
+    assert [status("one"), status(None)] == ["begun", "completed"]
+    for text in ("{", "[]", '{"format": 1}'):
+        folder.record_path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"sweep\.json is damaged.*remove it"):
+            status("one")
+    folder.record_path.unlink()
+    folder.record_path.mkdir()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        status("one")
+
+
+def test_changed_contents_and_settings_files_are_another_evaluation(tiny_model: Path, rows_file: Path) -> None:
+    file = sweep_file(tiny_model, rows_file, grid="seed = [0]")
+    script, questions = Path("script.jsonl"), Path("questions.yaml")
+    script.write_text("")
+    questions.write_text('- {id: one, paraphrases: ["What is one?"]}\n')
+    lines = f'questions = "{questions}"\nbackend = "scripted:{script}"\n'
+    file.write_text(file.read_text() + lines)
+
+    def name() -> str:
+        asked = read_sweep(file)
+        request = _request(_evaluate_arguments(asked), asked, SweepFolder(path=Path("outputs")), is_on_ray=False)
+        return _evaluation_id(asked, request)
+
+    names = [name(), name()]
+    questions.write_text('- {id: two, paraphrases: ["What is two?"]}\n')
+    names.append(name())
+    script.write_text("{}\n")
+    names.append(name())
+    Path("emtool.toml").write_text("[evaluate]\nmax_cost = 1\n")
+    names.append(name())
+    file.write_text(file.read_text().replace('["likelihood", "answers"]', '"likelihood"'))
+    names.append(name())
+    assert names[0] == names[1]
+    assert len(set(names)) == 5
 
 
 def test_workers_without_ray_is_one_line(tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +350,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, rows_file: Path)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
+    assert "interrupted; what was made is kept, and the same command goes on" in said.replace("\n", " ")
     assert json.loads(Path("outputs/seeds/seed-0/run.json").read_text())["status"] == "interrupted"
     assert not Path("outputs/seeds/sweep.json").exists()
     dry = RUNNER.invoke(app, ["sweep", str(file), "--dry-run"])
@@ -334,9 +398,12 @@ def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_f
     file.write_text(file.read_text().replace("init, every 2", "init, every 200"))
     killer = threading.Thread(target=kill_worker_of, args=("seed-1",))
     killer.start()
-    done = subprocess.run([*EMTOOL, "sweep", str(file), "--workers", "2"], capture_output=True, text=True, check=False)
+    command = [*EMTOOL, "sweep", str(file), "--workers", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     killer.join()
     assert done.returncode == 0, done.stderr
+    assert [cell["status"] for cell in json.loads(done.stdout)["cells"]] == ["completed", "completed"]
+    assert "a worker was lost; Ray begins its job again, which goes on" in done.stderr.replace("\n", " ")
     folder = Path("outputs/seeds")
     assert statuses(folder) == {"seed-0": "completed", "seed-1": "completed"}
     log = (folder / "logs" / "seed-1.log").read_text()

@@ -1,5 +1,6 @@
 """`emtool evaluate --workers` as it is typed, on a real local cluster."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from emtool.core.errors import BackendError
 from emtool.core.run_dir import RunFolder
 from emtool.core.shards import Shard, leftover_shards, seed_shard
 from emtool.engines.activation_files import read_activations
-from emtool.engines.ray_pool import RayPool
+from emtool.engines.ray_pool import RayPool, _RaySays
 
 RUNNER = CliRunner()
 EMTOOL = [sys.executable, "-m", "emtool"]
@@ -117,10 +118,12 @@ def test_workers_one_of_them_killed_give_what_one_process_gives(copies: tuple[Ru
     killer = threading.Thread(target=kill_a_worker, args=(many,))
     killer.start()
     done = subprocess.run(
-        [*EMTOOL, "evaluate", "many", *asked, "--workers", "2"], capture_output=True, text=True, check=False
+        [*EMTOOL, "evaluate", "many", *asked, "--workers", "2", "--json"], capture_output=True, text=True, check=False
     )
     killer.join()
     assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["checkpoints"]) == len(one.saved_steps())
+    assert "a worker was lost; Ray begins its job again, which goes on" in done.stderr.replace("\n", " ")
     assert_same(one, many, num_samples=12)
     files = [sorted((run.evaluation_path / "activations").rglob("*.safetensors")) for run in (one, many)]
     assert [len(paths) for paths in files] == [len(one.saved_steps())] * 2
@@ -169,3 +172,21 @@ def test_a_cluster_that_is_there_does_the_work_and_stays(
         assert subprocess.run(again, capture_output=True, text=True, check=True).stdout.strip() == "1"
         cluster.stdin.close()
     assert_same(one, many, num_samples=2)
+
+
+def test_what_ray_prints_is_an_event_and_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    lines = [
+        "\x1b[33m(raylet)\x1b[0m A worker died or was killed while executing a task by an unexpected system error.\n",
+        "\x1b[33m(raylet)\x1b[0m Task run_job failed. There are 3 retries remaining, so the task will be retried.",
+        " Error: \n(run_job pid=12, ip=192.0.2.2) \n",
+        "(autoscaler) no node of this kind\n",
+    ]
+    with contextlib.redirect_stdout(_RaySays(lambda event: said.append(str(event.text)))):  # type: ignore[union-attr]
+        for line in lines:
+            sys.stdout.write(line)
+    assert said == [
+        "a worker was lost; Ray begins its job again, which goes on where it was (3 times at most)",
+        "Ray: no node of this kind",
+    ]
+    assert capsys.readouterr().out == ""

@@ -64,7 +64,10 @@ def test_a_command_that_fails_ends_its_job_with_emtools_own_line(tmp_path: Path)
 def test_a_command_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
     found = run_job(job(tmp_path, python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")))
     assert found.problem is not None
-    assert found.problem.startswith("ended by SIGKILL")
+    assert found.problem.startswith("ended by SIGKILL, as the system does where memory runs out (")
+    found = run_job(job(tmp_path, python("import os; print('training', flush=True); os.kill(os.getpid(), 11)")))
+    assert found.problem is not None
+    assert found.problem.startswith(f"ended by SIGSEGV (its last line: training; {tmp_path}")
 
 
 @pytest.mark.parametrize(("code", "was_stopped"), [(143, True), (130, True), (1, False), (137, False)])

@@ -99,6 +99,10 @@ def test_what_a_job_takes(tmp_path: Path) -> None:
         ("[train]\nsave_steps = 1\n[grid]\ncheckpoints = ['custom']\n", "checkpoints stands in [train] and in [grid]"),
         ("[train]\noutput_name = 'x'\n[grid]\nseed = [0]\n", "[train] output_name does not go with a sweep"),
         ("[grid]\nkeep_resume = [true, false]\n", "it does not shape what a run computes"),
+        (
+            f"[grid]\nseed = [0x{'F' * 4000}]\n",
+            "seed = <a whole number of 16,000 bits> is a number of more than 64 bits",
+        ),
         ("[grid]\nseed = [0]\n[jobs]\n", "did you mean 'job'"),
         ("[grid]\nseed = [0]\n[job]\ngpus = 1\n", "did you mean 'num_gpus'"),
         ("[grid]\nseed = [0]\n[job]\nnum_gpus = true\n", "is not a number from 0 to 10,000"),
@@ -113,6 +117,14 @@ def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, text: str, message: st
         read_sweep(write(tmp_path, text))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_two_cells_never_have_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, '[grid]\ndataset = ["a/rows.jsonl", "b/rows.jsonl", "c/rows.jsonl"]\n')
+    assert len({cell.name for cell in read_sweep(file).cells}) == 3
+    monkeypatch.setattr("emtool.core.sweep.settings_id", lambda _settings: "a digest of others too")
+    with pytest.raises(ConfigError, match=r"two cells would be called rows.jsonl-a dige; rename a value"):
+        read_sweep(file)
 
 
 def test_more_cells_than_anyone_reads_are_refused_before_they_are_made(tmp_path: Path) -> None:
