@@ -30,8 +30,7 @@ from emtool.core.errors import (
     EmtoolError,
     PointedError,
 )
-from emtool.core.evaluation_config import ANSWERS
-from emtool.core.evaluation_request import EvaluationRequest, read_request
+from emtool.core.evaluation_request import EvaluationRequest, read_request, with_settings
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
@@ -43,7 +42,7 @@ from emtool.core.run_dir import replace_file
 from emtool.core.run_lock import locked_sweep
 from emtool.core.run_plan import RunPlan
 from emtool.core.server_address import JUDGE_KEY_VARIABLE, read_key
-from emtool.core.settings import Settings, evaluate_options, file_layers
+from emtool.core.settings import Settings, file_layers
 from emtool.core.steps import select_steps
 from emtool.core.sweep import Cell, Sweep, read_sweep
 from emtool.core.sweep_folder import CellState, SweepFolder, metric_rows
@@ -146,11 +145,10 @@ def _run(
     with locked_sweep(folder.path):
         folder.keep_file(asked)
         jobs = [job_of(state.cell) for state in folder.states(asked, evaluation=evaluation) if is_due(state)]
-        folder.begin([job.name for job in jobs])
         with repeatable(), progress() as on_event:
             if jobs:
                 outcomes = _Outcomes(folder, evaluation=evaluation, num_jobs=len(jobs), on_event=on_event)
-                pool.run(jobs, outcomes, on_event=on_event)
+                pool.run(jobs, outcomes, on_begin=folder.begin, on_event=on_event)
         states = folder.states(asked, evaluation=evaluation)
         _write_table(folder, states)
         return states, _write_reports(folder, states)
@@ -228,7 +226,7 @@ def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, is_
         request = read_request(folder.run_of(asked.cells[0]), context.params)
         if is_on_ray:
             refuse_numbered_device(request.device_option, option="--device")
-        if request.questions_url is None and ANSWERS in request.config.metrics:
+        if request.questions_url is None:
             request.read_questions()
         for judge in request.remote_judges:
             if price_of(judge.model, request.judge_address, given=request.judge_price) is None:
@@ -242,13 +240,8 @@ def _request(arguments: Sequence[str], asked: Sweep, folder: SweepFolder, *, is_
 
 def _evaluation_id(asked: Sweep, request: EvaluationRequest) -> str:
     """Return what names the evaluation of every cell: its options, and the contents of the files that they name."""
-    options = {**evaluate_options(), **(asked.evaluate or {})}
-    return settings_id(
-        {
-            "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
-            "files": {str(path): file_sha256(path) for path in request.file_paths},
-        }
-    )
+    files = {str(path): file_sha256(path) for path in request.file_paths}
+    return settings_id({"options": with_settings(asked.evaluate or {}), "files": files})
 
 
 def _check_judges(request: EvaluationRequest | None) -> None:

@@ -123,11 +123,8 @@ class _Short(reprlib.Repr):
     """Writes values short, whatever they are."""
 
     def repr_int(self, x: int, level: int) -> str:
-        """Return a number, or its size where Python refuses to write so many digits."""
-        try:
-            return super().repr_int(x, level)
-        except ValueError:
-            return f"<a whole number of {x.bit_length():,} bits>"
+        """Return a number, or its size: Python may refuse to write more than 640 digits."""
+        return super().repr_int(x, level) if x.bit_length() <= 2_000 else f"<a whole number of {x.bit_length():,} bits>"
 
 
 _SHORT = _Short()

@@ -84,13 +84,10 @@ class EvaluationRequest:
 
     @property
     def file_paths(self) -> tuple[Path, ...]:
-        """Return the files on this machine whose contents shape the answers, and stand in no option."""
-        if ANSWERS not in self.config.metrics:
-            return ()
-        asked = (Path(self.questions),) if self.questions is not None and self.questions_url is None else ()
-        return (
-            (*asked, Path(self.backend.argument)) if self.backend.kind == SCRIPTED and self.backend.argument else asked
-        )
+        """Return the files on this machine that options name: what is asked, and what answers by a script."""
+        questions = None if self.questions_url is not None else self.questions
+        script = self.backend.argument if self.backend.kind == SCRIPTED else None
+        return tuple(Path(name) for name in (questions, script) if name is not None)
 
     def read_questions(self, fetched: Path | None = None) -> list[OpenQuestion]:
         """Return the questions that are asked.
@@ -120,7 +117,7 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
     Raises:
         ConfigError: If a value is not allowed.
     """
-    values = {**evaluate_options(), **{name: value for name, value in given.items() if value not in (None, (), [])}}
+    values = with_settings(given)
     judges = tuple(parse_judge(text) for text in values.get("judge", ()))
     if len(set(judges)) < len(judges):
         raise ConfigError("--judge names a judge twice")
@@ -166,6 +163,11 @@ def read_request(run: RunFolder, given: Mapping[str, Any]) -> EvaluationRequest:
         base_model=values.get("base_model"),
         persona_path=values.get("persona_adapter"),
     )
+
+
+def with_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as they hold: those that are given, then the settings files'. An empty one is not given."""
+    return {**evaluate_options(), **{name: value for name, value in given.items() if value not in (None, (), [])}}
 
 
 def _check_there(judges: Sequence[JudgeSpec], backend: BackendSpec, values: Mapping[str, Any]) -> None:

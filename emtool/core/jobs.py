@@ -27,7 +27,7 @@ LOCK_SECONDS = 600.0
 _PAUSE_SECONDS = 0.2
 
 #: Exit codes of a command that a signal told to stop, and that has saved.
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 
 #: What is read of a log to find its last line.
 _TAIL_BYTES = 1 << 16
@@ -88,17 +88,27 @@ class JobOutcome:
     was_stopped: bool = False
 
 
+def _ignore_job(_job: Job) -> None:
+    pass
+
+
 class Pool(Protocol):
     """Runs jobs."""
 
     def run(
-        self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None], *, on_event: EventSink = ignore_events
+        self,
+        jobs: Sequence[Job],
+        on_outcome: Callable[[JobOutcome], None],
+        *,
+        on_begin: Callable[[Job], None] = _ignore_job,
+        on_event: EventSink = ignore_events,
     ) -> None:
         """Run every job, and report each as soon as it has ended.
 
         Args:
             jobs: The jobs.
             on_outcome: Told how each ended.
+            on_begin: Told of each before it begins.
             on_event: Told what happens to jobs on the way.
 
         Raises:
@@ -112,10 +122,16 @@ class InSequence:
     """Runs jobs on this machine, one after the other."""
 
     def run(
-        self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None], *, on_event: EventSink = ignore_events
+        self,
+        jobs: Sequence[Job],
+        on_outcome: Callable[[JobOutcome], None],
+        *,
+        on_begin: Callable[[Job], None] = _ignore_job,
+        on_event: EventSink = ignore_events,
     ) -> None:
         """Run every job, and report each as soon as it has ended."""
         for job in jobs:
+            on_begin(job)
             on_outcome(run_job(job))
 
 

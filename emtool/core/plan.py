@@ -157,7 +157,7 @@ def make_plan(
         shared_bytes=tokenizer_bytes,
         free_bytes=free_bytes(output_path),
         num_processes=processes,
-        num_blocks=None if shapes is None else shapes.num_blocks,
+        num_blocks=shapes.num_blocks if shapes is not None and shapes.is_exact else None,
     )
 
 

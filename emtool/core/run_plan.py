@@ -64,7 +64,7 @@ class RunPlan:
         shared_bytes: Tokenizer files, stored once; None where they are not known yet.
         free_bytes: Free space of the run folder's file system.
         num_processes: Processes that train together.
-        num_blocks: Decoder blocks of the model; None where they are not known yet.
+        num_blocks: Decoder blocks of the model; None where they are not known for sure.
     """
 
     config: TrainConfig

@@ -18,8 +18,9 @@ Each place is a layer; the first that names a value wins:
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -39,8 +40,8 @@ SCHEDULE_KEYS = ("checkpoints", "custom_checkpoints", "save_steps")
 _NOT_SETTABLE = ("profile_reason",)
 _TABLES = ("train", "data", "evaluate")
 _DATA_KEYS = ("source",)
-#: Bits of a whole number in TOML, without its sign.
-_MAX_BITS = 63
+#: Whole numbers in TOML have 64 bits with their sign.
+_LIMIT = 1 << 63
 
 #: Options of `emtool evaluate` that a settings file may give, and their types.
 EVALUATE_OPTIONS: Mapping[str, object] = {
@@ -180,10 +181,22 @@ def read_tables(path: Path, *, names: Sequence[str], example: str) -> dict[str, 
                 f"{path}: {name} = {shown(table)} is not a table; write [{name}] and the options below it"
             )
         for key, value in table.items():
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int) and number.bit_length() > _MAX_BITS:
-                    raise ConfigError(f"{path}: [{name}] {key} = {shown(number)} is a number of more than 64 bits")
+            if large := [number for number in _whole_numbers(value) if not -_LIMIT <= number < _LIMIT]:
+                raise ConfigError(f"{path}: [{name}] {key} holds {shown(large[0])}, which is more than TOML can hold")
     return tables
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    """Yield the whole numbers of a value, however deep they lie in lists and tables."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case int() as number:
+                yield number
+            case list() as items:
+                waiting += items
+            case dict() as table:
+                waiting += table.values()
 
 
 def evaluate_options(folder: Path | None = None) -> dict[str, object]:
@@ -202,9 +215,11 @@ def evaluate_options(folder: Path | None = None) -> dict[str, object]:
 
 
 def _evaluate_options(values: Mapping[str, object], path: Path) -> dict[str, object]:
-    for key in values:
+    for key, value in values.items():
         if key not in EVALUATE_OPTIONS:
             raise unknown_name(f"option in {path}, [evaluate]", key, EVALUATE_OPTIONS)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}: [evaluate] {key} = {value} is no finite number")
     return {
         key: _coerced(value, EVALUATE_OPTIONS[key], f"{path}: [evaluate] {key} = {shown(value)}")
         for key, value in values.items()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from emtool.core.data import file_sha256
 from emtool.core.errors import CheckpointError
-from emtool.core.evaluation_files import read_summary
+from emtool.core.evaluation_files import SUMMARY, read_summary
 from emtool.core.finished import is_completed
 from emtool.core.jobs import Command, Job, JobOutcome, thread_variables
 from emtool.core.run_dir import FORMAT, RunFolder, read_json, replace_file, write_json
@@ -111,39 +112,43 @@ class SweepFolder:
         return [self._state(cell, evaluation, known.get(cell.name)) for cell in sweep.cells]
 
     def _recorded(self) -> dict[str, Any]:
-        record = read_json(self.record_path)
-        entries = record.get("cells") if isinstance(record, dict) else None
-        if isinstance(entries, dict):
-            return entries
         if not self.record_path.exists():
             return {}
-        raise CheckpointError(
-            f"{self.record_path} is damaged: it says which cells failed; remove it, and every cell is looked at anew "
-            "(what is trained is kept)"
-        )
+        record = read_json(self.record_path)
+        entries = record.get("cells") if isinstance(record, dict) else None
+        if not isinstance(entries, dict):
+            raise CheckpointError(
+                f"{self.record_path}, which says how cells ended, is damaged or cannot be read; without it every cell "
+                "is looked at anew, and what is trained is kept"
+            )
+        return entries
 
     def _state(self, cell: Cell, evaluation: str | None, entry: object) -> CellState:
         run = self.run_of(cell)
         recorded = entry if isinstance(entry, dict) else {}
-        is_evaluated = evaluation is None or (recorded.get("evaluation") == evaluation and bool(read_summary(run)))
+        is_evaluated = evaluation is None or (
+            recorded.get("evaluation") == evaluation
+            and bool(read_summary(run))
+            and recorded.get("summary_sha256") == _summary_sha256(run)
+        )
         if is_completed(run.path) and recorded.get("status") == "completed" and is_evaluated:
             return CellState(cell=cell, run=run, status="completed")
         if recorded.get("status") == "failed":
             return CellState(cell=cell, run=run, status="failed", problem=str(recorded.get("problem")))
         return CellState(cell=cell, run=run, status="begun" if run.path.exists() else "waiting")
 
-    def begin(self, names: Sequence[str]) -> None:
-        """Forget how the last jobs of cells ended, whose jobs begin: what stops them now is no failure of before.
+    def begin(self, job: Job) -> None:
+        """Forget how the last job of a cell ended, which begins anew: what stops it now is no failure of before.
 
         Raises:
             CheckpointError: If the record is damaged, or cannot be written.
         """
         known = self._recorded()
-        if known.keys() & set(names):
-            self._write({name: entry for name, entry in known.items() if name not in names})
+        if known.pop(job.name, None) is not None:
+            self._write(known)
 
     def keep(self, outcome: JobOutcome, *, evaluation: str | None) -> None:
-        """Record how the job of a cell ended.
+        """Record how the job of a cell ended, and which evaluation its run has now.
 
         Args:
             outcome: How it ended.
@@ -156,6 +161,7 @@ class SweepFolder:
             "status": "completed" if outcome.problem is None else "stopped" if outcome.was_stopped else "failed",
             "problem": outcome.problem,
             "evaluation": evaluation,
+            "summary_sha256": _summary_sha256(RunFolder(path=self.path / outcome.name)),
         }
         self._write({**self._recorded(), outcome.name: entry})
 
@@ -199,6 +205,12 @@ class SweepFolder:
             locked=(run, RunFolder(path=run).evaluation_path),
             environment=thread_variables(threads),
         )
+
+
+def _summary_sha256(run: RunFolder) -> str | None:
+    """Return what pins the last evaluation of a run; None where there is none."""
+    path = run.evaluation_path / SUMMARY
+    return file_sha256(path) if path.is_file() else None
 
 
 def metric_rows(states: Sequence[CellState]) -> list[dict[str, object]]:

@@ -29,11 +29,11 @@ _STOP_SECONDS = 120.0
 #: How often a signal is looked for, in seconds.
 _LOOK_SECONDS = 0.5
 
-#: What Ray prints before each line: who says it, in a colour.
-_PREFIX = re.compile(r"^(\x1b\[\d+m)?\([\w ,=.:]+\)(\x1b\[\d+m)?")
+#: What Ray prints before the first line of what it says: who says it, in a colour.
+_PREFIX = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler|\S+ pid=)[^)]*\)(\x1b\[\d+m)?")
 #: What it says of a job whose worker died: that it did, and how often the job is begun again at most.
 _LOST = re.compile(r"A worker died or was killed while executing a task")
-_RETRIED = re.compile(r"Task .+ failed\. There are (\d+) retries remaining")
+_RETRIED = re.compile(r"Task .+ failed( due to oom)?\. There are (\d+|infinite) (oom )?retries remaining")
 
 #: Bytes of Ray's object store: jobs pass a few texts.
 _STORE_BYTES = 80 * 2**20
@@ -60,13 +60,19 @@ class RayPool:
     max_retries: int = DEFAULT_RETRIES
 
     def run(
-        self, jobs: Sequence[Job], on_outcome: Callable[[JobOutcome], None], *, on_event: EventSink = ignore_events
+        self,
+        jobs: Sequence[Job],
+        on_outcome: Callable[[JobOutcome], None],
+        *,
+        on_begin: Callable[[Job], None] = lambda _job: None,
+        on_event: EventSink = ignore_events,
     ) -> None:
         """Run every job, at most `workers` at a time, and report each as soon as it has ended.
 
         Args:
             jobs: The jobs.
             on_outcome: Told how each ended.
+            on_begin: Told of each before Ray has it.
             on_event: Told of workers that were lost, and whatever else Ray says.
 
         Raises:
@@ -88,6 +94,7 @@ class RayPool:
                 while waiting or running:
                     while waiting and len(running) < self.workers:
                         job = waiting.pop(0)
+                        on_begin(job)
                         running[remote.remote(job)] = job
                     done, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
                     for reference in done:
@@ -107,6 +114,8 @@ class RayPool:
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         # Ray would kill what its workers have started at once: jobs are told to stop, and save first.
         os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
+        # A job that takes more memory than there is would be begun again for ever.
+        os.environ.setdefault("RAY_task_oom_retries", str(self.max_retries))
         import ray
 
         own: dict[str, Any] = {
@@ -172,9 +181,14 @@ class _RaySays(io.TextIOBase):
 
 def _notice_of(line: str) -> str | None:
     """Return what a line of Ray's says to the user, or None where another line or the job's outcome says it."""
-    text = _PREFIX.sub("", line).strip()
+    if (prefix := _PREFIX.match(line)) is None:
+        # The rest of a longer text: how to read Ray's own logs, every process by its memory.
+        return None
+    text = line[prefix.end() :].strip()
     if (match := _RETRIED.match(text)) is not None:
-        return f"a worker was lost; Ray begins its job again, which goes on where it was ({match[1]} times at most)"
+        lost = "killed because memory runs out" if match[3] else "lost"
+        times = "" if match[2] == "infinite" else f" ({match[2]} time(s) at most)"
+        return f"a worker was {lost}; Ray begins its job again, which goes on where it was{times}"
     return None if not text or _LOST.match(text) else f"Ray: {text}"
 
 

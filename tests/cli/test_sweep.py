@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from emtool.cli.app import app
 from emtool.cli.sweep import _evaluate_arguments, _evaluation_id, _request
 from emtool.core.data import file_sha256
-from emtool.core.errors import CheckpointError
-from emtool.core.jobs import JobOutcome
+from emtool.core.errors import BackendError, CheckpointError, Interrupted
+from emtool.core.jobs import Job, JobOutcome
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked_sweep
 from emtool.core.sweep import read_sweep
@@ -119,6 +119,7 @@ def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
         ("n_per_question = 0", "it must be 1 to"),
         ('n_per_question = "x"', "seeds.toml: [evaluate]: Invalid value for '--n-per-question'"),
         ('questions = "nofile.yaml"', "seeds.toml: [evaluate]: cannot read"),
+        ('metrics = "likelihood"\nquestions = "nofile.yaml"', "seeds.toml: [evaluate]: cannot read"),
         ('question_ids = "nope"', "unknown question 'nope'"),
         ('extract_activations = true\nactivation_layers = "foo"', "write 'all', 'upper-half' or a range"),
         (
@@ -134,7 +135,7 @@ def test_what_no_cell_could_start_with_is_one_line_and_nothing_is_made(
         ('persona_adapter = "nofolder"', "--persona-adapter nofolder is not a folder"),
         ("watch = true", "watch does not go with a sweep"),
         ("strict = 1", "strict = 1 is not true or false"),
-        (f"n_per_question = 0x{'F' * 4000}", "is a number of more than 64 bits"),
+        (f"n_per_question = 0x{'F' * 4000}", "holds <a whole number of 16,000 bits>, which is more than"),
         ("seed = {}", "is neither a text nor a number"),
     ],
 )
@@ -215,9 +216,6 @@ def test_a_cell_that_was_told_to_stop_goes_on_by_itself(tiny_model: Path, rows_f
     ]
     job = folder.job(asked, asked.cells[0], evaluate=None, threads=None, allow_low_disk=True)
     assert job.commands[0].arguments[-1] == "--allow-low-disk"
-    # A failed cell that is tried again and stopped then has not failed.
-    folder.begin(["seed-1"])
-    assert [state.status for state in folder.states(asked, evaluation="one")] == ["begun", "begun"]
 
 
 def test_a_cell_is_completed_only_with_the_evaluation_that_is_asked_for(tiny_model: Path, rows_file: Path) -> None:
@@ -234,13 +232,18 @@ def test_a_cell_is_completed_only_with_the_evaluation_that_is_asked_for(tiny_mod
         return folder.states(asked, evaluation=evaluation)[0].status
 
     assert [status("one"), status("other"), status(None)] == ["completed", "begun", "completed"]
+    # By hand, with other settings: it is in the place of what the sweep made.
+    summary.write_text(json.dumps({"format": 1, "checkpoints": [], "settings": {"seed": 5}}))
+    assert status("one") == "begun"
     summary.write_text("{")
+    folder.keep(JobOutcome(name="seed-0"), evaluation="one")
     assert status("one") == "begun"
     summary.unlink()
+    folder.keep(JobOutcome(name="seed-0"), evaluation="one")
     assert [status("one"), status(None)] == ["begun", "completed"]
     for text in ("{", "[]", '{"format": 1}'):
         folder.record_path.write_text(text)
-        with pytest.raises(CheckpointError, match=r"sweep\.json is damaged.*remove it"):
+        with pytest.raises(CheckpointError, match=r"sweep\.json, which says how cells ended, is damaged"):
             status("one")
     folder.record_path.unlink()
     folder.record_path.mkdir()
@@ -266,12 +269,48 @@ def test_changed_contents_and_settings_files_are_another_evaluation(tiny_model: 
     names.append(name())
     script.write_text("{}\n")
     names.append(name())
-    Path("emtool.toml").write_text("[evaluate]\nmax_cost = 1\n")
+    Path("emtool.toml").write_text('[evaluate]\njudge = "local:smollm2-135m"\n')
     names.append(name())
+    # An empty option is not given: the settings file's holds.
+    file.write_text(file.read_text() + "judge = []\n")
+    assert name() == names[-1]
     file.write_text(file.read_text().replace('["likelihood", "answers"]', '"likelihood"'))
     names.append(name())
     assert names[0] == names[1]
     assert len(set(names)) == 5
+
+
+def test_a_failed_cell_has_failed_until_its_job_begins(
+    tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = sweep_file(tiny_model, rows_file)
+    folder = SweepFolder(path=Path("outputs/seeds"))
+    folder.create()
+    for name in ("seed-0", "seed-1"):
+        folder.keep(JobOutcome(name=name, problem="broken"), evaluation=None)
+
+    class NoCluster:
+        def run(self, jobs: Sequence[Job], on_outcome: object, **_: object) -> None:
+            raise BackendError("no cluster")
+
+    class StoppedInTheFirst:
+        def run(self, jobs: Sequence[Job], on_outcome: object, *, on_begin: Callable[[Job], None], **_: object) -> None:
+            on_begin(jobs[0])
+            raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr("emtool.cli.sweep.make_pool", lambda *_, **__: NoCluster())
+    assert RUNNER.invoke(app, ["sweep", str(file), "--retry-failed"]).exit_code == 1
+    assert statuses(folder.path) == {"seed-0": "failed", "seed-1": "failed"}
+    monkeypatch.setattr("emtool.cli.sweep.make_pool", lambda *_, **__: StoppedInTheFirst())
+    assert RUNNER.invoke(app, ["sweep", str(file), "--retry-failed"]).exit_code == 130
+    assert statuses(folder.path) == {"seed-1": "failed"}
+
+
+def test_a_settings_file_without_a_finite_number_is_one_line(tiny_model: Path, rows_file: Path) -> None:
+    Path("emtool.toml").write_text("[evaluate]\nmax_cost = inf\n")
+    result = RUNNER.invoke(app, ["sweep", str(sweep_file(tiny_model, rows_file)), "--dry-run"])
+    assert result.exit_code == 2
+    assert "emtool.toml: [evaluate] max_cost = inf is no finite number" in result.stderr.replace("\n", " ")
 
 
 def test_workers_without_ray_is_one_line(tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,6 +443,7 @@ def test_on_a_ray_cluster_a_killed_workers_cell_resumes(tiny_model: Path, rows_f
     assert done.returncode == 0, done.stderr
     assert [cell["status"] for cell in json.loads(done.stdout)["cells"]] == ["completed", "completed"]
     assert "a worker was lost; Ray begins its job again, which goes on" in done.stderr.replace("\n", " ")
+    assert "Ray:" not in done.stderr
     folder = Path("outputs/seeds")
     assert statuses(folder) == {"seed-0": "completed", "seed-1": "completed"}
     log = (folder / "logs" / "seed-1.log").read_text()

@@ -124,6 +124,7 @@ def test_workers_one_of_them_killed_give_what_one_process_gives(copies: tuple[Ru
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["checkpoints"]) == len(one.saved_steps())
     assert "a worker was lost; Ray begins its job again, which goes on" in done.stderr.replace("\n", " ")
+    assert "Ray:" not in done.stderr
     assert_same(one, many, num_samples=12)
     files = [sorted((run.evaluation_path / "activations").rglob("*.safetensors")) for run in (one, many)]
     assert [len(paths) for paths in files] == [len(one.saved_steps())] * 2
@@ -180,13 +181,19 @@ def test_what_ray_prints_is_an_event_and_no_result(capsys: pytest.CaptureFixture
         "\x1b[33m(raylet)\x1b[0m A worker died or was killed while executing a task by an unexpected system error.\n",
         "\x1b[33m(raylet)\x1b[0m Task run_job failed. There are 3 retries remaining, so the task will be retried.",
         " Error: \n(run_job pid=12, ip=192.0.2.2) \n",
-        "(autoscaler) no node of this kind\n",
+        "\x1b[33m(raylet)\x1b[0m Task run_job failed due to oom. There are 2 oom retries remaining, so it will.\n",
+        "(global lru) capacity: 83886080\nTop 10 memory users: PID\tMEM(GB)\tCOMMAND\n",
+        "(raylet) Task run_job failed. There are infinite oom retries remaining, so the task will be retried.\n",
+        "\x1b[36m(autoscaler +1m2s)\x1b[0m no node of this kind\n",
     ]
     with contextlib.redirect_stdout(_RaySays(lambda event: said.append(str(event.text)))):  # type: ignore[union-attr]
         for line in lines:
             sys.stdout.write(line)
     assert said == [
-        "a worker was lost; Ray begins its job again, which goes on where it was (3 times at most)",
+        "a worker was lost; Ray begins its job again, which goes on where it was (3 time(s) at most)",
+        "a worker was killed because memory runs out; Ray begins its job again, which goes on where it was (2 time(s) "
+        "at most)",
+        "a worker was killed because memory runs out; Ray begins its job again, which goes on where it was",
         "Ray: no node of this kind",
     ]
     assert capsys.readouterr().out == ""

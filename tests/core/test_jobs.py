@@ -70,7 +70,7 @@ def test_a_command_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
     assert found.problem.startswith(f"ended by SIGSEGV (its last line: training; {tmp_path}")
 
 
-@pytest.mark.parametrize(("code", "was_stopped"), [(143, True), (130, True), (1, False), (137, False)])
+@pytest.mark.parametrize(("code", "was_stopped"), [(143, True), (130, True), (129, True), (1, False), (137, False)])
 def test_a_command_that_saved_and_stopped_has_not_failed(tmp_path: Path, code: int, was_stopped: bool) -> None:
     found = run_job(job(tmp_path, python(f"import sys; sys.exit({code})")))
     assert found.problem is not None

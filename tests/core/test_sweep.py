@@ -99,10 +99,9 @@ def test_what_a_job_takes(tmp_path: Path) -> None:
         ("[train]\nsave_steps = 1\n[grid]\ncheckpoints = ['custom']\n", "checkpoints stands in [train] and in [grid]"),
         ("[train]\noutput_name = 'x'\n[grid]\nseed = [0]\n", "[train] output_name does not go with a sweep"),
         ("[grid]\nkeep_resume = [true, false]\n", "it does not shape what a run computes"),
-        (
-            f"[grid]\nseed = [0x{'F' * 4000}]\n",
-            "seed = <a whole number of 16,000 bits> is a number of more than 64 bits",
-        ),
+        (f"[grid]\nseed = [0x{'F' * 4000}]\n", "seed holds <a whole number of 16,000 bits>, which is more than"),
+        (f"[train]\ncheckpoints = {{every = 0x{'F' * 4000}}}\n[grid]\nseed = [0]\n", "checkpoints holds <a whole"),
+        ("[grid]\nseed = [9223372036854775808]\n", "seed holds 9223372036854775808, which is more than TOML can hold"),
         ("[grid]\nseed = [0]\n[jobs]\n", "did you mean 'job'"),
         ("[grid]\nseed = [0]\n[job]\ngpus = 1\n", "did you mean 'num_gpus'"),
         ("[grid]\nseed = [0]\n[job]\nnum_gpus = true\n", "is not a number from 0 to 10,000"),
