@@ -35,7 +35,7 @@ from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
 from emtool.core.finished import changed_contents, changed_settings
 from emtool.core.hardware import cuda_device_count
 from emtool.core.interrupts import repeatable
-from emtool.core.jobs import Job, JobOutcome, Pool, command_path
+from emtool.core.jobs import Job, JobListener, JobOutcome, Pool, command_path
 from emtool.core.judge_prices import price_of, unknown_price
 from emtool.core.record_file import settings_id
 from emtool.core.run_dir import replace_file
@@ -97,8 +97,8 @@ def sweep(
     num_due = sum(_is_due(state, retry_failed=retry_failed) for state in states)
     _check_judges(request if num_due and address is None and not dry_run else None)
     plans = _plans(asked, folder, fetches=not dry_run, is_on_ray=workers is not None, is_elsewhere=address is not None)
-    _check_evaluated_steps(asked, plans)
-    _check_evaluated_layers(asked, request, plans)
+    if request is not None:
+        _check_evaluation_fits(asked, request, plans)
     view = plan_view(states, plans, launcher=asked.job.launcher, request=request, num_due=num_due)
     if dry_run:
         if as_json:
@@ -148,7 +148,7 @@ def _run(
         with repeatable(), progress() as on_event:
             if jobs:
                 outcomes = _Outcomes(folder, evaluation=evaluation, num_jobs=len(jobs), on_event=on_event)
-                pool.run(jobs, outcomes, on_begin=folder.begin, on_event=on_event)
+                pool.run(jobs, JobListener(on_outcome=outcomes, on_begin=folder.begin, on_event=on_event))
         states = folder.states(asked, evaluation=evaluation)
         _write_table(folder, states)
         return states, _write_reports(folder, states)
@@ -277,36 +277,21 @@ def _check_launcher(asked: Sweep, *, is_elsewhere: bool) -> None:
         raise ConfigError(f"{asked.path}: [job] launcher: there is no command {command!r} on this machine")
 
 
-def _check_evaluated_steps(asked: Sweep, plans: Sequence[RunPlan]) -> None:
-    """Refuse steps to evaluate that a cell will not save; what a launcher's processes save is known when they run.
+def _check_evaluation_fits(asked: Sweep, request: EvaluationRequest, plans: Sequence[RunPlan]) -> None:
+    """Refuse steps that a cell will not save, and decoder blocks that its model lacks, as far as both are known.
 
     Raises:
         ConfigError: Names the cell.
     """
-    steps = (asked.evaluate or {}).get("steps")
-    if steps is None or asked.job.launcher:
-        return
-    text = ",".join(map(str, steps)) if isinstance(steps, list) else str(steps)
+    layers = request.config.activation_layers
     for cell, plan in zip(asked.cells, plans, strict=True):
         try:
-            select_steps(text, plan.schedule.planned_steps)
+            # What a launcher's processes save is known when they run.
+            if request.steps is not None and not asked.job.launcher:
+                select_steps(request.steps, plan.schedule.planned_steps)
+            if layers is not None and plan.num_blocks is not None:
+                select_blocks(layers, plan.num_blocks, option="activation_layers")
         except EmtoolError as error:
-            raise ConfigError(f"cell {cell.name}: {asked.path}, [evaluate]: {error}") from error
-
-
-def _check_evaluated_layers(asked: Sweep, request: EvaluationRequest | None, plans: Sequence[RunPlan]) -> None:
-    """Refuse decoder blocks that the model of a cell does not have, where it is known how many it has.
-
-    Raises:
-        ConfigError: Names the cell.
-    """
-    layers = None if request is None else request.config.activation_layers
-    for cell, plan in zip(asked.cells, plans, strict=True):
-        if layers is None or plan.num_blocks is None:
-            continue
-        try:
-            select_blocks(layers, plan.num_blocks, option="activation_layers")
-        except ConfigError as error:
             raise ConfigError(f"cell {cell.name}: {asked.path}, [evaluate]: {error}") from error
 
 

@@ -92,24 +92,26 @@ def _ignore_job(_job: Job) -> None:
     pass
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobListener:
+    """Who is told of jobs.
+
+    Attributes:
+        on_outcome: Told how each ended, as soon as it has.
+        on_begin: Told of each before it begins.
+        on_event: Told what happens on the way.
+    """
+
+    on_outcome: Callable[[JobOutcome], None]
+    on_begin: Callable[[Job], None] = _ignore_job
+    on_event: EventSink = ignore_events
+
+
 class Pool(Protocol):
     """Runs jobs."""
 
-    def run(
-        self,
-        jobs: Sequence[Job],
-        on_outcome: Callable[[JobOutcome], None],
-        *,
-        on_begin: Callable[[Job], None] = _ignore_job,
-        on_event: EventSink = ignore_events,
-    ) -> None:
-        """Run every job, and report each as soon as it has ended.
-
-        Args:
-            jobs: The jobs.
-            on_outcome: Told how each ended.
-            on_begin: Told of each before it begins.
-            on_event: Told what happens to jobs on the way.
+    def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+        """Run every job.
 
         Raises:
             EmtoolError: If jobs cannot be run at all.
@@ -121,18 +123,11 @@ class Pool(Protocol):
 class InSequence:
     """Runs jobs on this machine, one after the other."""
 
-    def run(
-        self,
-        jobs: Sequence[Job],
-        on_outcome: Callable[[JobOutcome], None],
-        *,
-        on_begin: Callable[[Job], None] = _ignore_job,
-        on_event: EventSink = ignore_events,
-    ) -> None:
-        """Run every job, and report each as soon as it has ended."""
+    def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+        """Run every job."""
         for job in jobs:
-            on_begin(job)
-            on_outcome(run_job(job))
+            listener.on_begin(job)
+            listener.on_outcome(run_job(job))
 
 
 def run_job(job: Job) -> JobOutcome:
@@ -184,13 +179,13 @@ def _run(command: Command, job: Job) -> tuple[int, str | None]:
         return 0, None
     code = 128 - code if code < 0 else code
     names = {128 + member.value: member.name for member in signal.Signals}
+    how = f"ended by {names[code]}" if code in names else f"exit code {code}"
     said = last_line(job.log_path, begin)
     if code in names and code not in _STOPPED:
         # It had no time to say why: its last line is of something else.
         often = ", as the system does where memory runs out" if code == 128 + signal.SIGKILL else ""
         last = f"its last line: {said}; " if said else ""
-        return code, f"ended by {names[code]}{often} ({last}{job.log_path})"
-    how = f"ended by {names[code]}" if code in names else f"exit code {code}"
+        return code, f"{how}{often} ({last}{job.log_path})"
     return code, f"{said or how} ({how}; {job.log_path})"
 
 

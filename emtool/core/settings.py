@@ -199,6 +199,17 @@ def _whole_numbers(value: object) -> Iterator[int]:
                 waiting += table.values()
 
 
+def check_finite(values: Sequence[object], path: Path, *, table: str, key: str) -> None:
+    """Refuse numbers of an option that no record can hold.
+
+    Raises:
+        ConfigError: Names the first.
+    """
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}: [{table}] {key} = {value} is no finite number")
+
+
 def evaluate_options(folder: Path | None = None) -> dict[str, object]:
     """Return the options of `emtool evaluate` that the settings files give; the nearest file wins.
 
@@ -218,8 +229,7 @@ def _evaluate_options(values: Mapping[str, object], path: Path) -> dict[str, obj
     for key, value in values.items():
         if key not in EVALUATE_OPTIONS:
             raise unknown_name(f"option in {path}, [evaluate]", key, EVALUATE_OPTIONS)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path}: [evaluate] {key} = {value} is no finite number")
+        check_finite([value], path, table="evaluate", key=key)
     return {
         key: _coerced(value, EVALUATE_OPTIONS[key], f"{path}: [evaluate] {key} = {shown(value)}")
         for key, value in values.items()

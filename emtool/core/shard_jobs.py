@@ -9,7 +9,7 @@ from pathlib import Path
 
 from emtool.core.errors import BackendError, CheckpointError
 from emtool.core.events import EventSink, Notice, PhaseStarted, StepFinished
-from emtool.core.jobs import Command, Job, JobOutcome, Pool, thread_variables, wait_for
+from emtool.core.jobs import Command, Job, JobListener, JobOutcome, Pool, thread_variables, wait_for
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked_evaluation
 from emtool.core.shards import Shard, absorb, deal, leftover_shards, seed_shard, shards_path
@@ -57,7 +57,7 @@ def record_on_workers(
         name = f"evaluating {len(steps)} checkpoints with {len(jobs)} worker(s); their logs are in {shards_path(run)}"
         on_event(PhaseStarted(name=name, total=num_answers, unit="answers"))
         with _counting(shards, on_event):
-            pool.run(jobs, outcomes.append, on_event=on_event)
+            pool.run(jobs, JobListener(on_outcome=outcomes.append, on_event=on_event))
         failed = [outcome for outcome in outcomes if outcome.problem is not None]
         for outcome in failed:
             on_event(Notice(text=f"{outcome.name}: {outcome.problem}", is_warning=True))

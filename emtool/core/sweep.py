@@ -29,7 +29,15 @@ from emtool.core.config import HOUSEKEEPING
 from emtool.core.errors import ConfigError, shown, unknown_name
 from emtool.core.models import slugify
 from emtool.core.record_file import settings_id, text_sha256
-from emtool.core.settings import SCHEDULE_KEYS, Layer, Settings, checked_options, read_tables, resolve_settings
+from emtool.core.settings import (
+    SCHEDULE_KEYS,
+    Layer,
+    Settings,
+    check_finite,
+    checked_options,
+    read_tables,
+    resolve_settings,
+)
 
 _TABLES = ("train", "grid", "evaluate", "job")
 _EXAMPLE = "[grid] seed = [0, 1, 2]"
@@ -153,7 +161,7 @@ def read_sweep(path: Path) -> Sweep:
     if both := {_meaning(key) for key in grid} & {_meaning(key) for key in tables.get("train", {})}:
         raise ConfigError(f"{path}: {', '.join(sorted(both))} stands in [train] and in [grid]; give it once")
     for key, value in tables.get("evaluate", {}).items():
-        _check_finite("evaluate", key, value if isinstance(value, list) else [value], path)
+        check_finite(value if isinstance(value, list) else [value], path, table="evaluate", key=key)
     return Sweep(
         path=path,
         train=train,
@@ -162,13 +170,6 @@ def read_sweep(path: Path) -> Sweep:
         evaluate=tables.get("evaluate"),
         job=_job(tables.get("job", {}), path),
     )
-
-
-def _check_finite(table: str, key: str, values: Sequence[object], path: Path) -> None:
-    """Refuse a number that no record can hold."""
-    for value in values:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path}: [{table}] {key} = {value} is no finite number")
 
 
 def _why_not(key: str) -> str:
@@ -197,13 +198,14 @@ def _cells(grid: Mapping[str, object], path: Path) -> list[Cell]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: [grid] {key} = {shown(values)} is not a list of values")
-        _check_finite("grid", key, values, path)
+        check_finite(values, path, table="grid", key=key)
         checked = [checked_options({key: value}, path, table="grid") for value in values]
         if not all(checked):
             # Left out, it would take what a settings file says.
             raise ConfigError(f"{path}: [grid] {key} = {values[checked.index({})]!r} asks for nothing; {_INSTEAD}")
-        counts = Counter(tuple(fields.items()) for fields in checked)
-        if again := [value for value, fields in zip(values, checked, strict=True) if counts[tuple(fields.items())] > 1]:
+        meant = [tuple(fields.items()) for fields in checked]
+        counts = Counter(meant)
+        if again := [value for value, same in zip(values, meant, strict=True) if counts[same] > 1]:
             raise ConfigError(f"{path}: [grid] {key} has {shown(again[0])} more than once; give each value once")
         axes.append([(key, value, fields) for value, fields in zip(values, checked, strict=True)])
     names = Counter(map(_meaning, grid))

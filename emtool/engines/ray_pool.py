@@ -11,14 +11,14 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emtool.core.errors import BackendError, Interrupted, MissingDependencyError
-from emtool.core.events import EventSink, Notice, ignore_events
+from emtool.core.events import EventSink, Notice
 from emtool.core.interrupts import requested
-from emtool.core.jobs import Job, JobOutcome, run_job
+from emtool.core.jobs import Job, JobListener, JobOutcome, run_job
 
 #: How often a job whose worker died is begun again, Ray's own default.
 DEFAULT_RETRIES = 3
@@ -59,21 +59,8 @@ class RayPool:
     num_gpus: float = 0
     max_retries: int = DEFAULT_RETRIES
 
-    def run(
-        self,
-        jobs: Sequence[Job],
-        on_outcome: Callable[[JobOutcome], None],
-        *,
-        on_begin: Callable[[Job], None] = lambda _job: None,
-        on_event: EventSink = ignore_events,
-    ) -> None:
-        """Run every job, at most `workers` at a time, and report each as soon as it has ended.
-
-        Args:
-            jobs: The jobs.
-            on_outcome: Told how each ended.
-            on_begin: Told of each before Ray has it.
-            on_event: Told of workers that were lost, and whatever else Ray says.
+    def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+        """Run every job, at most `workers` at a time; events are lost workers, and whatever else Ray says.
 
         Raises:
             MissingDependencyError: If Ray is not installed.
@@ -81,7 +68,7 @@ class RayPool:
             Interrupted: On a signal, after the jobs in progress were told to stop.
         """
         # Ray prints into the standard output, where results are.
-        with contextlib.redirect_stdout(_RaySays(on_event)), self._cluster() as ray, requested() as requests:
+        with contextlib.redirect_stdout(_RaySays(listener.on_event)), self._cluster() as ray, requested() as requests:
             # Ray's own code cannot be left by an exception: a signal waits until it is looked for here.
             requests.is_deferring = True
             self._check_resources(ray)
@@ -94,11 +81,11 @@ class RayPool:
                 while waiting or running:
                     while waiting and len(running) < self.workers:
                         job = waiting.pop(0)
-                        on_begin(job)
+                        listener.on_begin(job)
                         running[remote.remote(job)] = job
                     done, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
                     for reference in done:
-                        on_outcome(self._outcome(ray, reference, running.pop(reference)))
+                        listener.on_outcome(self._outcome(ray, reference, running.pop(reference)))
                     if requests.stop is not None:
                         raise Interrupted(requests.stop)
             except Interrupted:

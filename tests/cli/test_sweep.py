@@ -19,7 +19,7 @@ from emtool.cli.app import app
 from emtool.cli.sweep import _evaluate_arguments, _evaluation_id, _request
 from emtool.core.data import file_sha256
 from emtool.core.errors import BackendError, CheckpointError, Interrupted
-from emtool.core.jobs import Job, JobOutcome
+from emtool.core.jobs import Job, JobListener, JobOutcome
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import locked_sweep
 from emtool.core.sweep import read_sweep
@@ -290,12 +290,12 @@ def test_a_failed_cell_has_failed_until_its_job_begins(
         folder.keep(JobOutcome(name=name, problem="broken"), evaluation=None)
 
     class NoCluster:
-        def run(self, jobs: Sequence[Job], on_outcome: object, **_: object) -> None:
+        def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
             raise BackendError("no cluster")
 
     class StoppedInTheFirst:
-        def run(self, jobs: Sequence[Job], on_outcome: object, *, on_begin: Callable[[Job], None], **_: object) -> None:
-            on_begin(jobs[0])
+        def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+            listener.on_begin(jobs[0])
             raise Interrupted(signal.SIGINT)
 
     monkeypatch.setattr("emtool.cli.sweep.make_pool", lambda *_, **__: NoCluster())

@@ -11,7 +11,7 @@ import pytest
 
 from emtool.core.errors import Interrupted
 from emtool.core.interrupts import interruptible
-from emtool.core.jobs import Command, InSequence, Job, JobOutcome, last_line, run_job
+from emtool.core.jobs import Command, InSequence, Job, JobListener, JobOutcome, last_line, run_job
 from emtool.core.run_dir import RunFolder
 from emtool.core.run_lock import lock_holder, locked
 
@@ -101,7 +101,7 @@ def test_a_sequence_goes_on_after_a_failure(tmp_path: Path) -> None:
     ended: list[JobOutcome] = []
     InSequence().run(
         [job(tmp_path, python("raise SystemExit(3)"), name="bad"), job(tmp_path, python("1"), name="good")],
-        ended.append,
+        JobListener(on_outcome=ended.append),
     )
     assert [(outcome.name, outcome.problem is None) for outcome in ended] == [("bad", False), ("good", True)]
 
